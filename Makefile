@@ -1,0 +1,46 @@
+# Two commands do everything from a bare clone: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CSRC := $(wildcard csrc/include/*.h csrc/cpu/*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench native clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.train ## fine-tune a small language model with QLoRA, with a before and after (4 minutes)
+	$(BIN)/python -m lora_ops.trainer.demo $(ARGS)
+
+test: $(VENV)/.test lint ## lint, types and every test (15 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test ## time every op against dense torch, PEFT and bitsandbytes; writes bench/results/
+	$(BIN)/python -m bench $(ARGS)
+
+native: $(VENV)/.test ## build the C++ kernels in place
+
+clean: ## delete the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info lora_ops/_csrc demo_output
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "lora_ops needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# An editable install of the checkout with the extra of the same name; again when the build files or csrc change.
+$(VENV)/.train $(VENV)/.test: $(VENV)/.%: pyproject.toml setup.py constraints.txt $(CSRC) | $(BIN)/python
+	@echo "installing lora_ops[$*] into $(VENV) (a minute or two the first time)"
+	$(PIP) --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,108 @@
+"""Linear layer with a low-rank update in plain PyTorch, accumulated in float32 (float64 for float64 operands).
+
+Forward, with D = mask · keep_scale (all ones without dropout):
+    S  = (D ∘ x) Aᵀ                                  # [M, K] @ [K, R] -> [M, R]
+    y  = x Wᵀ + b + scale · S Bᵀ                     # [M, K] @ [K, N] + [M, R] @ [R, N] -> [M, N]
+
+Backward:
+    dS = scale · dY B                                # [M, N] @ [N, R] -> [M, R]
+    dB = scale · dYᵀ S                               # [N, M] @ [M, R] -> [N, R]
+    dA = dSᵀ (D ∘ x)                                 # [R, M] @ [M, K] -> [R, K]
+    dX = dY W + D ∘ (dS A)                           # [M, N] @ [N, K] + [M, R] @ [R, K] -> [M, K]
+    db = Σ_m dY                                      # [N]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_ops.kernels.philox import dropout_mask, keep_scale
+from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+from lora_ops.quant.nf4_linear.reference import accumulate_dtype, row_chunks
+
+
+def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """W [N, K] as the activations' dtype holds it, widened to the accumulator's dtype."""
+    w = dequantize_nf4(weight, dtype) if isinstance(weight, NF4Tensor) else weight
+    return w.to(accumulate_dtype(dtype))
+
+
+def _drop(x: Tensor, rows: slice, p: float, seed: Tensor | None) -> Tensor:
+    """D ∘ x for the given rows of the whole tensor."""
+    if seed is None:
+        return x
+    return torch.where(dropout_mask(rows, x.shape[1], p, seed), x * keep_scale(p), 0.0)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] in x's dtype and S [..., R] in the accumulator's dtype."""
+    acc = accumulate_dtype(x.dtype)
+    (n, k), r = weight.shape, lora_a.shape[0]
+    w, a, b, scale = _dense(weight, x.dtype), lora_a.to(acc), lora_b.to(acc), scale.to(x.device, acc)
+    x2 = x.reshape(-1, k)
+    y, s = x.new_empty(x2.shape[0], n), x.new_empty(x2.shape[0], r, dtype=acc)
+    for rows in row_chunks(x2.shape[0], max(n, k)):
+        x_rows = x2[rows].to(acc)
+        s[rows] = _drop(x_rows, rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
+        y_rows = x_rows @ w.T + scale * (s[rows] @ b.T)  # [rows, K] @ [K, N] + [rows, R] @ [R, N] -> [rows, N]
+        y[rows] = y_rows if bias is None else y_rows + bias.to(acc)
+    return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: Tensor | NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA, dB and db, None where `needs` says so."""
+    needs_x, needs_a, needs_b, needs_bias = needs
+    acc = accumulate_dtype(dy.dtype)
+    (n, k), r = weight.shape, lora_a.shape[0]
+    a, b, scale = lora_a.to(acc), lora_b.to(acc), scale.to(dy.device, acc)
+    dy2 = dy.reshape(-1, n)
+    m = dy2.shape[0]
+    w = _dense(weight, dy.dtype) if needs_x else None
+    dx = dy.new_empty(m, k) if needs_x else None
+    da = torch.zeros(r, k, dtype=acc, device=dy.device) if needs_a else None
+    db = torch.zeros(n, r, dtype=acc, device=dy.device) if needs_b else None
+    dbias = torch.zeros(n, dtype=acc, device=dy.device) if needs_bias else None
+    for rows in row_chunks(m, max(n, k)):
+        dy_rows = dy2[rows].to(acc)
+        ds = scale * (dy_rows @ b)  # [rows, N] @ [N, R] -> [rows, R]
+        if dx is not None and w is not None:
+            dx[rows] = dy_rows @ w + _drop(ds @ a, rows, dropout_p, seed)  # [rows, N] @ [N, K] -> [rows, K]
+        if da is not None and x is not None:
+            da += ds.T @ _drop(x.reshape(-1, k)[rows].to(acc), rows, dropout_p, seed)  # [R, rows] @ [rows, K] -> [R, K]
+        if db is not None and s is not None:
+            db += scale * (dy_rows.T @ s.reshape(-1, r)[rows])  # [N, rows] @ [rows, R] -> [N, R]
+        if dbias is not None:
+            dbias += dy_rows.sum(0)
+    return (
+        None if dx is None else dx.view(*dy.shape[:-1], k),
+        None if da is None else da.to(lora_a.dtype),
+        None if db is None else db.to(lora_b.dtype),
+        None if dbias is None else dbias.to(dy.dtype),
+    )
+
+
+IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}

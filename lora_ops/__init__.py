@@ -1,0 +1,22 @@
+"""lora_ops: fused LoRA and NF4 kernels for fine-tuning language models."""
+
+from lora_ops import functional, nn
+from lora_ops._dispatch import BackendError, Trace, trace, use_backend
+from lora_ops.inject import eject, inject, injection_report
+from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.version import __version__
+
+
+__all__ = [
+    "BackendError",
+    "NF4Tensor",
+    "Trace",
+    "__version__",
+    "eject",
+    "functional",
+    "inject",
+    "injection_report",
+    "nn",
+    "trace",
+    "use_backend",
+]

@@ -1,0 +1,201 @@
+"""Loads the native library (csrc/) and calls its C ABI; see csrc/include/lora_ops.h.
+
+Wrappers take contiguous CPU tensors that the public functions have checked, and turn status codes into errors.
+ctypes releases the GIL while the library runs. The environment variable LORA_OPS_ISA forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+# torch comes first: the library then uses the OpenMP runtime, and so the threads, that torch has loaded.
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+LIBRARY_PATH = Path(__file__).with_name("_liblora_ops.so")
+BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
+
+ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
+_ISA_AUTO = -1
+_NONFINITE = 2
+_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLOAT_DTYPES = tuple(_DTYPES)
+
+
+class NF4Weight(Structure):
+    """`lora_ops_nf4_weight`: pointers into tensors, which the caller keeps alive."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("absmax", c_void_p),
+        ("absmax_codes", c_void_p),
+        ("absmax_map", c_void_p),
+        ("nested_absmax", c_void_p),
+        ("nested_offset", c_float),
+        ("block_size", c_int64),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "lora_ops_get_isa": (),
+    "lora_ops_supports_isa": (c_int,),
+    "lora_ops_force_isa": (c_int,),
+    "lora_ops_nf4_quantize": (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
+    "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
+    "lora_ops_blockwise8_dequantize": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
+}
+
+
+class NativeError(RuntimeError):
+    """The native library is missing, does not fit this package, or refused its arguments."""
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    if not path.exists():
+        raise NativeError(f"the native library was not built: {BUILD_HINT}")
+    try:
+        lib = ctypes.CDLL(str(path))
+        version = lib.lora_ops_abi_version()
+        if version != ABI_VERSION:
+            raise NativeError(f"{path.name} has ABI version {version}, expected {ABI_VERSION}: {BUILD_HINT}")
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.argtypes = argtypes
+            function.restype = c_int
+        lib.lora_ops_nf4_code.restype = POINTER(c_float * 16)
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path.name} cannot be loaded ({error}): {BUILD_HINT}") from error
+    if name := os.environ.get("LORA_OPS_ISA"):
+        _force(lib, name)
+    return lib
+
+
+def _force(lib: ctypes.CDLL, name: str) -> None:
+    supported = _supported(lib)
+    if name not in supported:
+        raise NativeError(f"LORA_OPS_ISA / force_isa: expected one of {', '.join(supported)} on this machine, got {name!r}")
+    lib.lora_ops_force_isa(ISAS[name])
+
+
+def _supported(lib: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for name, number in ISAS.items() if lib.lora_ops_supports_isa(number))
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | NativeError:
+    try:
+        return _open(LIBRARY_PATH)
+    except NativeError as error:
+        return error
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises NativeError with the reason if there is none."""
+    lib = _load()
+    if isinstance(lib, NativeError):
+        raise lib
+    return lib
+
+
+def unavailable_reason() -> str | None:
+    """Why the native backend cannot be used here, or None."""
+    lib = _load()
+    return str(lib) if isinstance(lib, NativeError) else None
+
+
+def available() -> bool:
+    """Whether the native backend can be used here."""
+    return unavailable_reason() is None
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets that this machine and the library have, slowest first."""
+    return _supported(library())
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    number = library().lora_ops_get_isa()
+    return next(name for name, value in ISAS.items() if value == number)
+
+
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Use one instruction set, in the whole process, inside the `with` block."""
+    lib = library()
+    before = isa()
+    _force(lib, name)
+    try:
+        yield
+    finally:
+        lib.lora_ops_force_isa(ISAS[before])
+
+
+def nf4_code() -> tuple[float, ...]:
+    """The NF4 code book as it stands in C++."""
+    return tuple(library().lora_ops_nf4_code().contents)
+
+
+def _check(status: int, function: str, argument: str) -> None:
+    if status == _NONFINITE:
+        raise ValueError(f"{argument}: expected finite values, got inf or NaN")
+    if status:
+        raise NativeError(f"{function}: refused its arguments (status {status})")
+
+
+def nf4_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    nested_absmax: Tensor | None = None,
+    nested_offset: float = 0.0,
+    absmax_map: Tensor | None = None,
+) -> NF4Weight:
+    """The C view of an NF4 weight; absmax holds uint8 codes into absmax_map when nested_absmax is given."""
+    if nested_absmax is None:
+        return NF4Weight(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
+    assert absmax_map is not None
+    return NF4Weight(
+        packed.data_ptr(), None, absmax.data_ptr(), absmax_map.data_ptr(), nested_absmax.data_ptr(), nested_offset, block_size
+    )  # fmt: skip
+
+
+def nf4_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
+    """w [n] -> packed uint8 [(n + 1) // 2], absmax fp32 [ceil(n / block_size)]."""
+    status = library().lora_ops_nf4_quantize(
+        w.data_ptr(), _DTYPES[w.dtype], w.numel(), block_size, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    _check(status, "nf4_quantize", "w")
+
+
+def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None:
+    """Elements [begin, end) of the flat weight -> out [end - begin]."""
+    status = library().lora_ops_nf4_dequantize(
+        byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
+    )
+    _check(status, "nf4_dequantize", "q")
+
+
+def blockwise8_quantize(x: Tensor, block_size: int, code_map: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """x fp32 [n] -> codes uint8 [n], absmax fp32 [ceil(n / block_size)]; code_map fp32 [256], ascending."""
+    status = library().lora_ops_blockwise8_quantize(
+        x.data_ptr(), x.numel(), block_size, code_map.data_ptr(), codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    _check(status, "blockwise8_quantize", "x")
+
+
+def blockwise8_dequantize(codes: Tensor, absmax: Tensor, block_size: int, code_map: Tensor, out: Tensor) -> None:
+    """codes uint8 [n], absmax fp32 -> out fp32 [n]."""
+    status = library().lora_ops_blockwise8_dequantize(
+        codes.data_ptr(), absmax.data_ptr(), codes.numel(), block_size, code_map.data_ptr(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status, "blockwise8_dequantize", "codes")
