@@ -1,0 +1,183 @@
+// AVX2 and F16C: 8 lanes, lookups by byte shuffles and 8-entry permutes.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "nf4_table.h"
+#include "scalar.h"
+
+#include "nf4.inl"
+#include "blockwise8.inl"
+
+namespace lora_ops {
+namespace {
+
+// One level of a binary search over the thresholds: 2 * code + (v > the threshold that code selects).
+inline __m256i next_bit(__m256 v, __m256i code, __m256 thresholds) {
+    const __m256 above = _mm256_cmp_ps(v, _mm256_permutevar8x32_ps(thresholds, code), _CMP_GT_OQ);
+    return _mm256_sub_epi32(_mm256_add_epi32(code, code), _mm256_castps_si256(above));
+}
+
+inline __m256i nf4_encode8(__m256 v) {
+    constexpr auto t = nf4_threshold;
+    __m256i code = next_bit(v, _mm256_setzero_si256(), _mm256_set1_ps(t(7)));
+    code = next_bit(v, code, _mm256_setr_ps(t(3), t(11), 0, 0, 0, 0, 0, 0));
+    code = next_bit(v, code, _mm256_setr_ps(t(1), t(5), t(9), t(13), 0, 0, 0, 0));
+    return next_bit(v, code, _mm256_setr_ps(t(0), t(2), t(4), t(6), t(8), t(10), t(12), t(14)));
+}
+
+struct Pairs {
+    __m256 even, odd;
+};
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// 16 elements, split by the parity of their index: the two nibbles of a byte come from the same lane.
+inline Pairs split(__m256 a, __m256 b) {
+    const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd)};
+}
+inline Pairs load_pairs(const float* w) { return split(_mm256_loadu_ps(w), _mm256_loadu_ps(w + 8)); }
+inline Pairs load_pairs(const F16* w) {
+    const __m256i bits = load(w);
+    return split(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1)));
+}
+inline Pairs load_pairs(const BF16* w) {
+    const __m256i bits = load(w);
+    const __m256i upper_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(_mm256_and_si256(bits, upper_half))};
+}
+
+// 16 elements -> 8 packed bytes, one in each 32-bit lane.
+template <class T>
+__m256i encode16(const T* w, float scale) {
+    const Pairs x = load_pairs(w);
+    const __m256i even = nf4_encode8(_mm256_mul_ps(x.even, _mm256_set1_ps(scale)));
+    const __m256i odd = nf4_encode8(_mm256_mul_ps(x.odd, _mm256_set1_ps(scale)));
+    return _mm256_or_si256(_mm256_slli_epi32(even, 4), odd);
+}
+
+// 8 + 8 numbers of 32 bits below 2^16 -> 16 numbers of 16 bits, in order.
+inline __m256i narrow(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
+
+inline __m128i to_16_bits(__m256 x, F16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+inline __m128i to_16_bits(__m256 x, BF16) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i high = _mm256_srli_epi32(bits, 16);
+    const __m256i lowest_kept = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(lowest_kept, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    return _mm256_castsi256_si128(narrow(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_setzero_si256()));
+}
+
+// 16 packed bytes -> the codes of 32 elements in order, 16 bytes each.
+struct Codes {
+    __m128i first, second;
+    explicit Codes(const uint8_t* packed) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+        const __m128i nibble = _mm_set1_epi8(15);
+        const __m128i even = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), odd = _mm_and_si128(bytes, nibble);
+        first = _mm_unpacklo_epi8(even, odd);
+        second = _mm_unpackhi_epi8(even, odd);
+    }
+};
+
+struct Avx2 {
+    // T has 16 bits; float is specialized below.
+    template <class T>
+    static uint32_t max_abs_bits(const T* w, int64_t n) {
+        const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+        __m256i largest = _mm256_setzero_si256();
+        for (int64_t i = 0; i < n; i += 16) {
+            largest = _mm256_max_epu16(largest, _mm256_and_si256(load(w + i), magnitude));
+        }
+        const __m128i x = _mm_max_epu16(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+        // The hardware has a horizontal minimum of 16-bit numbers only: the maximum is the complement's minimum.
+        return ~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(x, _mm_set1_epi16(-1)))) & 0xffffu;
+    }
+
+    template <class T>
+    static void encode32(const T* w, float scale, uint8_t* packed) {
+        const __m256i words = narrow(encode16(w, scale), encode16(w + 16, scale));
+        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), bytes);
+    }
+
+    template <class T>
+    struct Table {
+        __m128i low, high;  // the lower and the upper byte of the 16 values
+        explicit Table(float absmax) {
+            const __m256 scale = _mm256_set1_ps(absmax);
+            const __m128i a = to_16_bits(_mm256_mul_ps(_mm256_loadu_ps(kNF4Code), scale), T{});
+            const __m128i b = to_16_bits(_mm256_mul_ps(_mm256_loadu_ps(kNF4Code + 8), scale), T{});
+            const __m128i byte = _mm_set1_epi16(0xff);
+            low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+            high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+        }
+    };
+
+    template <class T>
+    static void look_up(const Table<T>& table, __m128i codes, T* out) {
+        const __m128i low = _mm_shuffle_epi8(table.low, codes), high = _mm_shuffle_epi8(table.high, codes);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm_unpackhi_epi8(low, high));
+    }
+
+    template <class T>
+    static void decode32(const Table<T>& table, const uint8_t* packed, T* out) {
+        const Codes codes(packed);
+        look_up(table, codes.first, out);
+        look_up(table, codes.second, out + 16);
+    }
+
+    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
+        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, search);
+    }
+
+    static void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out) {
+        for (int64_t i = 0; i < n; ++i) out[i] = map[codes[i]] * absmax;
+    }
+};
+
+template <>
+uint32_t Avx2::max_abs_bits<float>(const float* w, int64_t n) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i largest = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 8) {
+        largest = _mm256_max_epu32(largest, _mm256_and_si256(load(w + i), magnitude));
+    }
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
+}
+
+template <>
+struct Avx2::Table<float> {
+    __m256 low, high;  // values 0-7 and 8-15
+    explicit Table(float absmax)
+        : low(_mm256_mul_ps(_mm256_loadu_ps(kNF4Code), _mm256_set1_ps(absmax))),
+          high(_mm256_mul_ps(_mm256_loadu_ps(kNF4Code + 8), _mm256_set1_ps(absmax))) {}
+};
+
+template <>
+void Avx2::decode32<float>(const Table<float>& table, const uint8_t* packed, float* out) {
+    const Codes codes(packed);
+    const __m128i eights[] = {codes.first, _mm_unpackhi_epi64(codes.first, codes.first), codes.second,
+                              _mm_unpackhi_epi64(codes.second, codes.second)};
+    for (int i = 0; i < 4; ++i) {
+        const __m256i code = _mm256_cvtepu8_epi32(eights[i]);
+        const __m256 low = _mm256_permutevar8x32_ps(table.low, code);
+        const __m256 high = _mm256_permutevar8x32_ps(table.high, code);
+        const __m256 bit3_as_sign = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+        _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(low, high, bit3_as_sign));
+    }
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, blockwise8_quantize<Avx2>,
+                              blockwise8_dequantize<Avx2>};
+
+}  // namespace lora_ops

@@ -1,0 +1,208 @@
+// AVX-512 F, BW, DQ, VL: one register permute looks up 16 or 32 codes.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "nf4_table.h"
+#include "scalar.h"
+
+#include "nf4.inl"
+#include "blockwise8.inl"
+
+namespace lora_ops {
+namespace {
+
+// v * 15.49 rounded to an integer puts v in one of 31 bins, -15 ... 15, each narrower than any gap between two
+// thresholds. So the code is the number of thresholds in lower bins plus one comparison. Rounding is monotone, so
+// this is exact. The 32-entry tables are indexed by the low 5 bits of the bin.
+constexpr float kBinsPerUnit = 15.49f;
+
+constexpr int nf4_bin(float v) {
+    const float scaled = v * kBinsPerUnit;
+    return static_cast<int>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
+}
+
+constexpr bool every_bin_has_at_most_one_threshold() {
+    for (int i = 0; i < 15; ++i) {
+        if (i < 14 && nf4_bin(nf4_threshold(i)) == nf4_bin(nf4_threshold(i + 1))) return false;
+        // The hardware rounds ties to even, nf4_bin away from zero: no threshold may be near one.
+        const float scaled = nf4_threshold(i) * kBinsPerUnit;
+        const float from_tie = (scaled < 0 ? -scaled : scaled) + 0.5f - static_cast<float>(nf4_bin(scaled < 0 ? -nf4_threshold(i) : nf4_threshold(i)));
+        if (from_tie < 1e-3f || from_tie > 1 - 1e-3f) return false;
+    }
+    return true;
+}
+static_assert(every_bin_has_at_most_one_threshold(), "choose another kBinsPerUnit");
+
+struct BinTables {
+    alignas(64) float threshold[32];  // the bin's own threshold; without one, a value that nothing exceeds
+    alignas(64) int32_t base[32];     // thresholds in lower bins
+    constexpr BinTables() : threshold(), base() {
+        for (int bin = -16; bin < 16; ++bin) {
+            threshold[bin & 31] = 2.0f;
+            base[bin & 31] = 0;
+            for (int i = 0; i < 15; ++i) {
+                if (nf4_bin(nf4_threshold(i)) == bin) threshold[bin & 31] = nf4_threshold(i);
+                base[bin & 31] += nf4_bin(nf4_threshold(i)) < bin;
+            }
+        }
+    }
+};
+constexpr BinTables kBins;
+
+inline __m512i nf4_encode16(__m512 v) {
+    const __m512i bin = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(kBinsPerUnit)));
+    const __m512 threshold = _mm512_permutex2var_ps(_mm512_load_ps(kBins.threshold), bin,
+                                                    _mm512_load_ps(kBins.threshold + 16));
+    const __m512i base = _mm512_permutex2var_epi32(_mm512_load_si512(kBins.base), bin,
+                                                   _mm512_load_si512(kBins.base + 16));
+    const __mmask16 above = _mm512_cmp_ps_mask(v, threshold, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
+}
+
+struct Pairs {
+    __m512 even, odd;
+};
+
+// 32 elements, split by the parity of their index: the two nibbles of a byte come from the same lane.
+inline Pairs load_pairs(const BF16* w) {
+    const __m512i bits = _mm512_loadu_si512(w);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+inline Pairs load_pairs(const F16* w) {
+    const __m512i bits = _mm512_loadu_si512(w);
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits)),
+            _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)))};
+}
+inline Pairs load_pairs(const float* w) {
+    const __m512 a = _mm512_loadu_ps(w), b = _mm512_loadu_ps(w + 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)};
+}
+
+// Rounds to nearest even with integers: vcvtneps2bf16 would flush denormals to zero.
+inline __m256i to_bf16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i high = _mm512_srli_epi32(bits, 16);
+    const __m512i lowest_kept = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(lowest_kept, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
+inline __m256i to_16_bits(__m512 x, BF16) { return to_bf16(x); }
+inline __m256i to_16_bits(__m512 x, F16) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline uint32_t max_u16(__m512i x) {
+    const __m256i y = _mm256_max_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i z = _mm_max_epu16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    // The hardware has a horizontal minimum of 16-bit numbers only: the maximum is the complement's minimum.
+    return ~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(z, _mm_set1_epi16(-1)))) & 0xffffu;
+}
+
+struct Avx512 {
+    // T has 16 bits; float is specialized below.
+    template <class T>
+    static uint32_t max_abs_bits(const T* w, int64_t n) {
+        const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t i = 0; i < n; i += 32) {
+            largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(w + i), magnitude));
+        }
+        return max_u16(largest);
+    }
+
+    template <class T>
+    static void encode32(const T* w, float scale, uint8_t* packed) {
+        const Pairs x = load_pairs(w);
+        const __m512i even = nf4_encode16(_mm512_mul_ps(x.even, _mm512_set1_ps(scale)));
+        const __m512i odd = nf4_encode16(_mm512_mul_ps(x.odd, _mm512_set1_ps(scale)));
+        const __m512i bytes = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(bytes));
+    }
+
+    template <class T>
+    struct Table {
+        __m512i value;  // the 16 values twice, so that the fifth bit of an index does not matter
+        explicit Table(float absmax) {
+            const __m512 exact = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
+            value = _mm512_broadcast_i64x4(to_16_bits(exact, T{}));
+        }
+    };
+
+    template <class T>
+    static void decode32(const Table<T>& table, const uint8_t* packed, T* out) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.value));
+    }
+
+    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes);
+    static void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out);
+};
+
+template <>
+uint32_t Avx512::max_abs_bits<float>(const float* w, int64_t n) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_loadu_si512(w + i), magnitude));
+    }
+    return _mm512_reduce_max_epu32(largest);
+}
+
+template <>
+struct Avx512::Table<float> {
+    __m512 value;
+    explicit Table(float absmax) : value(_mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax))) {}
+};
+
+template <>
+void Avx512::decode32<float>(const Table<float>& table, const uint8_t* packed, float* out) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    for (int half = 0; half < 2; ++half) {
+        const __m512i wide = _mm512_cvtepu8_epi64(half ? _mm_unpackhi_epi64(bytes, bytes) : bytes);
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+        _mm512_storeu_ps(out + 16 * half, _mm512_permutexvar_ps(index, table.value));
+    }
+}
+
+void Avx512::encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
+    const __m512 one = _mm512_set1_ps(1.0f), minus_one = _mm512_set1_ps(-1.0f);
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale));
+        // This order of operands turns a NaN into 1, which stays inside the bins.
+        const __m512 v = _mm512_max_ps(_mm512_min_ps(scaled, one), minus_one);
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i key = _mm512_srli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), 16);
+        const __m512i first = _mm512_set1_epi32(search.kFirstKey);
+        __m512i bin = _mm512_sub_epi32(_mm512_max_epi32(key, first), first);
+        bin = _mm512_mask_add_epi32(bin, _mm512_movepi32_mask(bits), bin, _mm512_set1_epi32(search.kBins));
+        __m512i code = _mm512_and_si512(_mm512_i32gather_epi32(bin, search.start, 1), _mm512_set1_epi32(255));
+        for (int step = 0; step < search.most_steps; ++step) {
+            const __m512 threshold = _mm512_i32gather_ps(code, search.threshold, 4);
+            const __mmask16 above = _mm512_cmp_ps_mask(v, threshold, _CMP_GT_OQ);
+            code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+        }
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
+    }
+}
+
+void Avx512::decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+        const __m512 value = _mm512_i32gather_ps(code, map, 4);
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_set1_ps(absmax)));
+    }
+}
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
+                                blockwise8_dequantize<Avx512>};
+
+}  // namespace lora_ops

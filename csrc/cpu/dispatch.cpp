@@ -1,0 +1,186 @@
+// The C ABI: checks arguments, picks the instruction set, splits the work over threads.
+// Compiled for the baseline of the architecture, so that it runs anywhere.
+#include <math.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+#include "nf4_table.h"
+
+#if defined(LORA_OPS_X86)
+#include <cpuid.h>
+#endif
+
+namespace lora_ops {
+namespace {
+
+// Below this many elements waking a thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 1 << 15;
+
+std::atomic<int> forced_isa{LORA_OPS_ISA_AUTO};
+
+bool machine_has(int isa) {
+    if (isa == LORA_OPS_ISA_PORTABLE) return true;
+#if defined(LORA_OPS_X86)
+    unsigned eax, ebx, ecx, edx;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+    // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2");
+    if (isa == LORA_OPS_ISA_AVX2) return avx2;
+    if (isa == LORA_OPS_ISA_AVX512) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return false;
+}
+
+int best_isa() {
+    static const int best = machine_has(LORA_OPS_ISA_AVX512) ? LORA_OPS_ISA_AVX512
+                            : machine_has(LORA_OPS_ISA_AVX2) ? LORA_OPS_ISA_AVX2
+                                                             : LORA_OPS_ISA_PORTABLE;
+    return best;
+}
+
+int current_isa() {
+    const int forced = forced_isa.load(std::memory_order_relaxed);
+    return forced == LORA_OPS_ISA_AUTO ? best_isa() : forced;
+}
+
+const Kernels& kernels() {
+#if defined(LORA_OPS_X86)
+    switch (current_isa()) {
+        case LORA_OPS_ISA_AVX2: return kAvx2Kernels;
+        case LORA_OPS_ISA_AVX512: return kAvx512Kernels;
+    }
+#endif
+    return kPortableKernels;
+}
+
+// Calls work(begin, end) on pieces of [begin, end) that meet at multiples of align, one piece a thread.
+template <class Work>
+void parallel(int64_t begin, int64_t end, int64_t align, int n_threads, Work work) {
+    const int64_t useful = (end - begin + kElementsPerThread - 1) / kElementsPerThread;
+    const int64_t pieces = std::min<int64_t>(n_threads, useful);
+    if (pieces <= 1) return work(begin, end);
+    const int64_t first = begin / align;
+    const int64_t blocks = (end + align - 1) / align - first;
+#pragma omp parallel for num_threads(static_cast<int>(pieces)) schedule(static, 1)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t from = std::max(begin, (first + blocks * piece / pieces) * align);
+        const int64_t to = std::min(end, (first + blocks * (piece + 1) / pieces) * align);
+        if (from < to) work(from, to);
+    }
+}
+
+int64_t size_of(int dtype) { return dtype == LORA_OPS_F32 ? 4 : 2; }
+bool is_dtype(int dtype) { return dtype == LORA_OPS_F32 || dtype == LORA_OPS_F16 || dtype == LORA_OPS_BF16; }
+
+Blockwise8Search make_search(const float* map) {
+    Blockwise8Search search = {};
+    for (int i = 0; i < 255; ++i) {
+        // Exact: neighbours of a map are close enough in magnitude for their sum to fit a double.
+        const double midpoint = (double{map[i]} + double{map[i + 1]}) / 2;
+        const float nearest = static_cast<float>(midpoint);
+        search.threshold[i] = double{nearest} > midpoint ? nextafterf(nearest, -INFINITY) : nearest;
+    }
+    search.threshold[255] = INFINITY;
+
+    const auto magnitude = [](int bin) {  // least |v| of a bin above the first
+        return ldexpf(static_cast<float>(128 + bin % 128), -23 - 7 + bin / 128);
+    };
+    const auto count_below = [&search](float v) {
+        return static_cast<int>(std::lower_bound(search.threshold, search.threshold + 255, v) - search.threshold);
+    };
+    for (int bin = 0; bin < search.kBins; ++bin) {
+        const float least = bin ? magnitude(bin) : 0.0f;
+        const float most = nextafterf(magnitude(bin + 1), 0.0f);
+        const int positive = count_below(least), negative = count_below(-most);
+        search.start[bin] = static_cast<uint8_t>(positive);
+        search.start[search.kBins + bin] = static_cast<uint8_t>(negative);
+        search.most_steps = std::max({search.most_steps, count_below(most) - positive, count_below(-least) - negative});
+    }
+    return search;
+}
+
+}  // namespace
+}  // namespace lora_ops
+
+using namespace lora_ops;
+
+int lora_ops_abi_version(void) { return LORA_OPS_ABI_VERSION; }
+
+int lora_ops_get_isa(void) { return current_isa(); }
+
+int lora_ops_supports_isa(int isa) { return machine_has(isa); }
+
+int lora_ops_force_isa(int isa) {
+    if (isa != LORA_OPS_ISA_AUTO && !machine_has(isa)) return LORA_OPS_UNSUPPORTED_ISA;
+    forced_isa.store(isa, std::memory_order_relaxed);
+    return LORA_OPS_OK;
+}
+
+const float* lora_ops_nf4_code(void) { return kNF4Code; }
+
+int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int64_t block_size, uint8_t* packed, float* absmax,
+                          int n_threads) {
+    if (n < 0 || block_size <= 0 || block_size % 32 || n_threads < 1 || !is_dtype(dtype)) return LORA_OPS_BAD_ARGUMENT;
+    if (n == 0) return LORA_OPS_OK;
+    if (!w || !packed || !absmax) return LORA_OPS_BAD_ARGUMENT;
+    const Kernels& isa = kernels();
+    std::atomic<bool> finite{true};
+    parallel(0, n, block_size, n_threads, [&](int64_t begin, int64_t end) {
+        const char* from = static_cast<const char*>(w) + begin * size_of(dtype);
+        if (!isa.nf4_quantize(from, static_cast<lora_ops_dtype>(dtype), end - begin, block_size, packed + begin / 2,
+                              absmax + begin / block_size)) {
+            finite.store(false, std::memory_order_relaxed);
+        }
+    });
+    return finite.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NONFINITE;
+}
+
+int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t end, void* out, int dtype,
+                            int n_threads) {
+    if (!w || begin < 0 || end < begin || n_threads < 1 || !is_dtype(dtype)) return LORA_OPS_BAD_ARGUMENT;
+    if (w->block_size <= 0 || w->block_size % 32) return LORA_OPS_BAD_ARGUMENT;
+    if (begin == end) return LORA_OPS_OK;
+    const bool nested = w->absmax_codes && w->absmax_map && w->nested_absmax;
+    if (!w->packed || !out || !(w->absmax || nested)) return LORA_OPS_BAD_ARGUMENT;
+    const Kernels& isa = kernels();
+    parallel(begin, end, w->block_size, n_threads, [&](int64_t from, int64_t to) {
+        char* target = static_cast<char*>(out) + (from - begin) * size_of(dtype);
+        isa.nf4_dequantize(*w, from, to, target, static_cast<lora_ops_dtype>(dtype));
+    });
+    return LORA_OPS_OK;
+}
+
+int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map, uint8_t* codes,
+                                 float* absmax, int n_threads) {
+    if (n < 0 || block_size <= 0 || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
+    if (n == 0) return LORA_OPS_OK;
+    if (!x || !map || !codes || !absmax || !std::is_sorted(map, map + 256)) return LORA_OPS_BAD_ARGUMENT;
+    const Blockwise8Search search = make_search(map);
+    const Kernels& isa = kernels();
+    std::atomic<bool> finite{true};
+    parallel(0, n, block_size, n_threads, [&](int64_t begin, int64_t end) {
+        if (!isa.blockwise8_quantize(x + begin, end - begin, block_size, search, codes + begin,
+                                     absmax + begin / block_size)) {
+            finite.store(false, std::memory_order_relaxed);
+        }
+    });
+    return finite.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NONFINITE;
+}
+
+int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
+                                   const float* map, float* out, int n_threads) {
+    if (n < 0 || block_size <= 0 || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
+    if (n == 0) return LORA_OPS_OK;
+    if (!codes || !absmax || !map || !out) return LORA_OPS_BAD_ARGUMENT;
+    const Kernels& isa = kernels();
+    parallel(0, n, block_size, n_threads, [&](int64_t begin, int64_t end) {
+        isa.blockwise8_dequantize(codes + begin, absmax + begin / block_size, end - begin, block_size, map,
+                                  out + begin);
+    });
+    return LORA_OPS_OK;
+}

@@ -1,0 +1,86 @@
+/* The C ABI of lora_ops: raw pointers and sizes, no torch and no Python headers.
+ *
+ * One binary serves every torch and Python version. Functions are thread-safe, keep no reference to their
+ * arguments, and return a lora_ops_status. Outputs are undefined unless the status is LORA_OPS_OK. */
+#ifndef LORA_OPS_H
+#define LORA_OPS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LORA_OPS_API __declspec(dllexport)
+#else
+#define LORA_OPS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised with every change that an older caller would not survive; lora_ops/_native.py holds the same number. */
+#define LORA_OPS_ABI_VERSION 1
+
+typedef enum {
+    LORA_OPS_OK = 0,
+    LORA_OPS_BAD_ARGUMENT = 1,
+    LORA_OPS_NONFINITE = 2,       /* an input holds inf or NaN */
+    LORA_OPS_UNSUPPORTED_ISA = 3, /* this machine, or this build, lacks the instruction set */
+} lora_ops_status;
+
+typedef enum {
+    LORA_OPS_F32 = 0,
+    LORA_OPS_F16 = 1,
+    LORA_OPS_BF16 = 2,
+} lora_ops_dtype;
+
+typedef enum {
+    LORA_OPS_ISA_AUTO = -1, /* the best that the machine has */
+    LORA_OPS_ISA_PORTABLE = 0,
+    LORA_OPS_ISA_AVX2 = 1,   /* AVX2, F16C */
+    LORA_OPS_ISA_AVX512 = 2, /* AVX-512 F, BW, DQ, VL */
+} lora_ops_isa;
+
+/* An NF4 tensor, flat in row-major order: element 2i in the high nibble of byte i, element 2i + 1 in the low one.
+ * The scale of block i is absmax[i]; or, when absmax is NULL (double quantization), in fp32 and rounded twice,
+ * absmax_map[absmax_codes[i]] * nested_absmax[i / 256] + nested_offset. */
+typedef struct {
+    const uint8_t* packed;
+    const float* absmax;
+    const uint8_t* absmax_codes;
+    const float* absmax_map; /* 256 values, ascending */
+    const float* nested_absmax;
+    float nested_offset;
+    int64_t block_size; /* a multiple of 32 */
+} lora_ops_nf4_weight;
+
+LORA_OPS_API int lora_ops_abi_version(void);
+
+/* The instruction set in use, and whether one can be used here. Forcing holds for the whole process. */
+LORA_OPS_API int lora_ops_get_isa(void);
+LORA_OPS_API int lora_ops_supports_isa(int isa);
+LORA_OPS_API int lora_ops_force_isa(int isa);
+
+/* The 16 values of NF4, ascending. */
+LORA_OPS_API const float* lora_ops_nf4_code(void);
+
+/* w [n] -> packed [(n + 1) / 2], absmax [ceil(n / block_size)]. An odd n is padded with the code of zero. */
+LORA_OPS_API int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int64_t block_size, uint8_t* packed,
+                                       float* absmax, int n_threads);
+
+/* Elements [begin, end) -> out [end - begin]: code * scale in fp32, rounded to nearest even. begin may be odd. */
+LORA_OPS_API int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t end, void* out,
+                                         int dtype, int n_threads);
+
+/* x [n] -> codes [n], absmax [ceil(n / block_size)]: the nearest of map's 256 ascending values, ties to the lower. */
+LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map,
+                                              uint8_t* codes, float* absmax, int n_threads);
+
+/* codes [n] -> out [n]: map[code] * absmax in fp32. */
+LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
+                                                int64_t block_size, const float* map, float* out, int n_threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

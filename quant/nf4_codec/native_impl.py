@@ -1,0 +1,77 @@
+"""The NF4 codec in C++ on the CPU: csrc/cpu/nf4.inl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_ops import _native
+from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.quant.nf4 import NF4Tensor
+
+
+def weight_of(q: NF4Tensor) -> _native.NF4Weight:
+    """The C view of `q`, valid while q lives."""
+    if q.nested_absmax is None or q.nested_offset is None:
+        return _native.nf4_weight(q.packed, q.absmax, q.block_size)
+    return _native.nf4_weight(
+        q.packed, q.absmax, q.block_size, q.nested_absmax, float(q.nested_offset), dynamic_map(signed=True)
+    )
+
+
+def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """packed uint8 [(n + 1) // 2, 1] and absmax fp32 [ceil(n / block_size)]."""
+    w = w.contiguous()
+    n = w.numel()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    _native.nf4_quantize(w, block_size, packed, absmax)
+    return packed, absmax
+
+
+def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """NF4_CODE[code] · absmax in float32, rounded to `dtype`, of q.shape; in the contiguous `out` if given."""
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype)
+    _native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
+    return out
+
+
+def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
+    """The same, written into the contiguous `out`."""
+    dequantize_nf4(q, out.dtype, out)
+
+
+def decode_rows(q: NF4Tensor, begin_row: int, end_row: int, out: Tensor) -> Tensor:
+    """Rows [begin_row, end_row) of q -> the contiguous out [end_row - begin_row, K], in out's dtype."""
+    k = math.prod(q.shape[1:])
+    _native.nf4_dequantize(weight_of(q), begin_row * k, end_row * k, out)
+    return out
+
+
+def declines(op: str, *args: object) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    if op == "quantize_nf4":
+        w = args[0]
+        assert isinstance(w, Tensor)
+        device, dtype = w.device, w.dtype
+    else:
+        q, target = args[0], args[1]
+        assert isinstance(q, NF4Tensor)
+        device = q.device
+        dtype = target.dtype if isinstance(target, Tensor) else target
+    if device.type != "cpu":
+        return f"native kernels run on cpu, not on {device.type}"
+    if dtype not in _native.FLOAT_DTYPES:
+        return f"native NF4 kernels have no {str(dtype).removeprefix('torch.')}"
+    return _native.unavailable_reason()
+
+
+IMPLS: dict[str, Callable] = {
+    "quantize_nf4": quantize_nf4,
+    "dequantize_nf4": dequantize_nf4,
+    "dequantize_nf4_out": dequantize_nf4_out,
+}

@@ -1,0 +1,96 @@
+"""Builds csrc/cpu into lora_ops/_liblora_ops.so: a plain shared library with a C ABI, loaded by lora_ops/_native.py.
+
+Needs setuptools and a C++17 compiler, nothing else. Without a working compiler the package installs with its other
+backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are honoured.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCE_DIR = Path("csrc/cpu")
+
+# -ffp-contract=off: the codecs are bit-exact, a fused multiply-add would change their bytes.
+FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra".split()
+# Each instruction set is one source file; the choice between them is made at run time.
+X86_SOURCES = {
+    "avx2.cpp": "-mavx2 -mf16c".split(),
+    # g++ 12 warns inside its own intrinsics header (its bug 105593).
+    "avx512.cpp": "-mavx2 -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized".split(),
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildNative(build_ext):
+    """Compiles every source with its own flags and links a library that does not depend on the Python version."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = f"lora_ops: the native CPU backend was not built: {error}"
+            if os.environ.get("LORA_OPS_REQUIRE_NATIVE") == "1":
+                raise SystemExit(reason) from error
+            warnings.warn(f"{reason}. The other backends work; install a C++17 compiler and reinstall for fast CPU kernels.")
+
+    def _build(self, library: Path) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        flags = FLAGS + [f"-I{ROOT / 'csrc/include'}"]
+        if IS_X86:
+            flags.append("-DLORA_OPS_X86")
+        user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        openmp = self._openmp(compiler)
+        objects_dir = Path(self.build_temp)
+        objects_dir.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+
+        objects = []
+        for source in sorted((ROOT / SOURCE_DIR).glob("*.cpp")):
+            if source.name in X86_SOURCES and not IS_X86:
+                continue
+            objects.append(str(objects_dir / f"{source.stem}.o"))
+            isa_flags = X86_SOURCES.get(source.name, [])
+            self._run(compiler + flags + openmp + user_flags + isa_flags + ["-c", str(source), "-o", objects[-1]])
+        link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        # Linked beside and renamed, so that a process that has the old library mapped keeps it whole.
+        fresh = library.with_suffix(".so.new")
+        self._run(compiler + ["-shared", "-o", str(fresh), *objects, *openmp, *link_flags])
+        os.replace(fresh, library)
+
+    def _openmp(self, compiler: list[str]) -> list[str]:
+        probe = compiler + ["-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]
+        if subprocess.run(probe, input=b"", capture_output=True).returncode == 0:
+            return ["-fopenmp"]
+        print("lora_ops: the compiler has no OpenMP: native kernels will use one thread", file=sys.stderr)
+        return []
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library has no Python in it: one wheel serves every Python 3 of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # The name only tells setuptools that there is something to build for the platform.
+    ext_modules=[Extension("lora_ops._liblora_ops", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)
