@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: one sentence that names the argument, what was expected and what came."""
+"""Argument checks of the public functions: each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ class Op:
                     f"lora_ops.{self.name}: backend {asked!r} was asked for and cannot serve this call: {reason}"
                 )
             return asked, "asked for"
-        reasons = []
+        reasons: list[str] = []
         for backend in BACKENDS.values():
             if backend.device_types and device.type not in backend.device_types:
                 continue

@@ -97,9 +97,7 @@ class NF4Tensor:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that make up the value, without those that are absent."""
-        return tuple(
-            t for t in (self.packed, self.absmax, self.nested_absmax, self.nested_offset) if t is not None
-        )
+        return tuple(t for t in (self.packed, self.absmax, self.nested_absmax, self.nested_offset) if t is not None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> NF4Tensor:
         """The same value with every tensor on `device`."""

@@ -107,7 +107,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, bias, lora_a, lora_b, scale, dropout_p, seed, *weight = inputs
+    x, _, lora_a, lora_b, scale, dropout_p, seed, *weight = inputs
     *tensors, ctx.shape, ctx.block_size = weight
     ctx.dropout_p = dropout_p
     _, s = output

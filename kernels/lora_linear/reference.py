@@ -22,7 +22,10 @@ from torch import Tensor
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec.reference import dequantize_nf4
-from lora_ops.quant.nf4_linear.reference import accumulate_dtype, row_chunks
+from lora_ops.quant.nf4_linear.reference import accumulate_dtype, as_matrix, row_chunks
+
+Needs = tuple[bool, bool, bool, bool]  # dX, dA, dB, db
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,7 +34,7 @@ def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
     return w.to(accumulate_dtype(dtype))
 
 
-def _drop(x: Tensor, rows: slice, p: float, seed: Tensor | None) -> Tensor:
+def drop(x: Tensor, rows: slice, p: float, seed: Tensor | None) -> Tensor:
     """D ∘ x for the given rows of the whole tensor."""
     if seed is None:
         return x
@@ -52,11 +55,11 @@ def lora_linear(
     acc = accumulate_dtype(x.dtype)
     (n, k), r = weight.shape, lora_a.shape[0]
     w, a, b, scale = _dense(weight, x.dtype), lora_a.to(acc), lora_b.to(acc), scale.to(x.device, acc)
-    x2 = x.reshape(-1, k)
+    x2 = as_matrix(x)
     y, s = x.new_empty(x2.shape[0], n), x.new_empty(x2.shape[0], r, dtype=acc)
     for rows in row_chunks(x2.shape[0], max(n, k)):
         x_rows = x2[rows].to(acc)
-        s[rows] = _drop(x_rows, rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
+        s[rows] = drop(x_rows, rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
         y_rows = x_rows @ w.T + scale * (s[rows] @ b.T)  # [rows, K] @ [K, N] + [rows, R] @ [R, N] -> [rows, N]
         y[rows] = y_rows if bias is None else y_rows + bias.to(acc)
     return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
@@ -72,16 +75,36 @@ def lora_linear_backward(
     scale: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs: Needs,
+) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
+    w = _dense(weight, dy.dtype) if needs[0] else dy.new_empty(0)
+
+    def base_dx(rows: slice, dy_rows: Tensor) -> Tensor:
+        return dy_rows @ w  # [rows, N] @ [N, K] -> [rows, K]
+
+    return low_rank_backward(dy, x, s, base_dx, lora_a, lora_b, scale, dropout_p, seed, needs)
+
+
+def low_rank_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    base_dx: Callable[[slice, Tensor], Tensor],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> Grads:
+    """The same, given base_dx(rows, dY[rows]) = (dY W)[rows] in the accumulator's dtype."""
     needs_x, needs_a, needs_b, needs_bias = needs
     acc = accumulate_dtype(dy.dtype)
-    (n, k), r = weight.shape, lora_a.shape[0]
+    (r, k), n = lora_a.shape, lora_b.shape[0]
     a, b, scale = lora_a.to(acc), lora_b.to(acc), scale.to(dy.device, acc)
-    dy2 = dy.reshape(-1, n)
+    dy2 = as_matrix(dy)
     m = dy2.shape[0]
-    w = _dense(weight, dy.dtype) if needs_x else None
     dx = dy.new_empty(m, k) if needs_x else None
     da = torch.zeros(r, k, dtype=acc, device=dy.device) if needs_a else None
     db = torch.zeros(n, r, dtype=acc, device=dy.device) if needs_b else None
@@ -89,12 +112,12 @@ def lora_linear_backward(
     for rows in row_chunks(m, max(n, k)):
         dy_rows = dy2[rows].to(acc)
         ds = scale * (dy_rows @ b)  # [rows, N] @ [N, R] -> [rows, R]
-        if dx is not None and w is not None:
-            dx[rows] = dy_rows @ w + _drop(ds @ a, rows, dropout_p, seed)  # [rows, N] @ [N, K] -> [rows, K]
+        if dx is not None:
+            dx[rows] = base_dx(rows, dy_rows) + drop(ds @ a, rows, dropout_p, seed)  # [rows, R] @ [R, K] -> [rows, K]
         if da is not None and x is not None:
-            da += ds.T @ _drop(x.reshape(-1, k)[rows].to(acc), rows, dropout_p, seed)  # [R, rows] @ [rows, K] -> [R, K]
+            da += ds.T @ drop(as_matrix(x)[rows].to(acc), rows, dropout_p, seed)  # [R, rows] @ [rows, K] -> [R, K]
         if db is not None and s is not None:
-            db += scale * (dy_rows.T @ s.reshape(-1, r)[rows])  # [N, rows] @ [rows, R] -> [N, R]
+            db += scale * (dy_rows.T @ as_matrix(s)[rows])  # [N, rows] @ [rows, R] -> [N, R]
         if dbias is not None:
             dbias += dy_rows.sum(0)
     return (

@@ -1,8 +1,8 @@
 """Counter-based dropout masks in plain PyTorch; every backend draws the same bits.
 
 The mask is a pure function of (seed, offset, row m, column k). Philox 4×32-10 with key = seed and counter =
-(k // 8, m, offset, 0) yields four 32-bit words, which are read as eight 16-bit lanes, the low half of a word first. Lane
-k % 8 belongs to element (m, k), which is kept if its lane is at least `threshold(p)`.
+(k // 8, m, offset, 0) yields four 32-bit words, which are read as eight 16-bit lanes, the low half of a word first.
+Lane k % 8 belongs to element (m, k), which is kept if its lane is at least `threshold(p)`.
 
 Eight neighbours of a row share one counter, because a thread loads eight 16-bit values at once; 16-bit lanes, because
 they halve the integer work and resolve p to 1.5e-5.
@@ -28,7 +28,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """What kept elements are multiplied by, so that the mean is exact: 1 / (1 - threshold(p) / 65536); 0 if none is kept."""
+    """What kept elements are multiplied by so that the mean is exact, 1 / (1 - threshold(p) / 65536); 0 if none is."""
     kept = 65536 - threshold(p)
     return 65536 / kept if kept else 0.0
 

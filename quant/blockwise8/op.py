@@ -8,8 +8,12 @@ from torch import Tensor
 from lora_ops._checks import check_dtype, check_shape
 from lora_ops._dispatch import Op
 
-_quantize = Op("quantize_blockwise8(Tensor x, int block_size, bool signed) -> (Tensor codes, Tensor absmax)", __package__)
-_dequantize = Op("dequantize_blockwise8(Tensor codes, Tensor absmax, int block_size, bool signed) -> Tensor", __package__)
+_quantize = Op(
+    "quantize_blockwise8(Tensor x, int block_size, bool signed) -> (Tensor codes, Tensor absmax)", __package__
+)
+_dequantize = Op(
+    "dequantize_blockwise8(Tensor codes, Tensor absmax, int block_size, bool signed) -> Tensor", __package__
+)
 
 
 @_quantize.kernel
@@ -52,7 +56,7 @@ def quantize_blockwise8(x: Tensor, *, block_size: int = 256, signed: bool = True
     Raises:
         TypeError, ValueError: if x is not a finite float32 tensor or block_size is not positive.
 
-    Source: 8-bit Approximations for Parallelism in Deep Learning (Dettmers 2015); 8-bit Optimizers (Dettmers et al. 2021).
+    Source: 8-bit Approximations for Parallelism in Deep Learning (Dettmers 2015), section 2.
     """
     check_dtype("x", x, (torch.float32,))
     _check_block_size(block_size)

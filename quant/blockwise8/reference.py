@@ -15,8 +15,8 @@ MIN_ABSMAX = 1e-38  # keeps the reciprocal of an all-zero block finite
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values of the dynamic map, float32, ascending, on the CPU.
 
-    Decade i of seven (10^(i - 6)) holds the midpoints of 2^i (signed) or 2^(i + 1) (unsigned) equal steps from 0.1 to 1;
-    0 and 1 complete it. Arithmetic in the order of bitsandbytes, whose files hold this map.
+    Decade i of seven (10^(i - 6)) holds the midpoints of 2^i (signed) or 2^(i + 1) (unsigned) equal steps from 0.1
+    to 1; 0 and 1 complete it. Arithmetic in the order of bitsandbytes, whose files hold this map.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -32,7 +32,7 @@ def dynamic_map(signed: bool) -> Tensor:
 def dynamic_thresholds(signed: bool) -> Tensor:
     """The 255 decision thresholds: v takes a code above t exactly if v > t, for float32 v.
 
-    The midpoint of two float32 codes is exact in float64; it is rounded down to float32, which decides no value wrongly.
+    A midpoint of two float32 codes is exact in float64; rounded down to float32 it still decides every value rightly.
     """
     code = dynamic_map(signed).double()
     midpoints = (code[:-1] + code[1:]) / 2

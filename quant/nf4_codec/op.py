@@ -86,7 +86,7 @@ def quantize_nf4(w: Tensor, *, block_size: int = 64, double_quant: bool = False)
         An NF4Tensor whose bytes equal those of bitsandbytes' `quantize_4bit(..., quant_type="nf4")`.
 
     Raises:
-        TypeError, ValueError: if w is not a floating-point tensor or holds inf or NaN, or block_size is not in the list.
+        TypeError, ValueError: if w is not a floating tensor or holds inf or NaN, or block_size is not in the list.
 
     Source: QLoRA (Dettmers et al. 2023), section 3.
     """

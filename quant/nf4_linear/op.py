@@ -58,7 +58,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = torch.ops.lora_ops.nf4_linear_dx(dy, *ctx.saved_tensors, ctx.shape, ctx.block_size)
     if ctx.needs_input_grad[1]:
         # torch sums 16-bit tensors in float32 and rounds once.
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=ctx.bias_dtype) if dy.dim() > 1 else dy.clone()
     return dx, dbias, *(None,) * N_OPERANDS
 
 

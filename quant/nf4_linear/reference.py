@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,11 @@ def row_chunks(m: int, width: int) -> list[slice]:
     return [slice(begin, min(begin + rows, m)) for begin in range(0, m, rows)]
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """[..., K] as [M, K], a view where x's strides allow it."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -28,7 +34,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     acc = accumulate_dtype(x.dtype)
     n, k = q.shape
-    x2 = x.reshape(-1, k)
+    x2 = as_matrix(x)
     w = dequantize_nf4(q, x.dtype).to(acc)
     y = x.new_empty(x2.shape[0], n)
     for rows in row_chunks(x2.shape[0], max(n, k)):
@@ -41,7 +47,7 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     acc = accumulate_dtype(dy.dtype)
     n, k = q.shape
-    dy2 = dy.reshape(-1, n)
+    dy2 = as_matrix(dy)
     w = dequantize_nf4(q, dy.dtype).to(acc)
     dx = dy.new_empty(dy2.shape[0], k)
     for rows in row_chunks(dy2.shape[0], max(n, k)):
