@@ -1,0 +1,108 @@
+"""The arguments of supervised fine-tuning, named as in Hugging Face's own scripts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SFTArguments:
+    """What to train, on what, and how. Names are those of transformers, TRL and PEFT.
+
+    Raises:
+        ValueError: if a value is out of its range; the message names the argument.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "a local folder or a Hub name; weights must be safetensors"})
+    dataset: str = field(
+        metadata={
+            "help": "a .json, .jsonl, .csv or .parquet file, or a Hub name; columns: prompt + completion, messages, "
+            "text, or instruction (+ input) + output"
+        }
+    )
+    output_dir: str = field(metadata={"help": "where the adapter (PEFT format) and checkpoints go"})
+    dataset_split: str = _help("the dataset's split", "train")
+
+    lora_r: int = _help("rank of the adapters", 16)
+    lora_alpha: int = _help("LoRA's alpha; the update is scaled by alpha / r", 32)
+    lora_dropout: float = _help("dropout on the adapters' input", 0.0)
+    target_modules: str = _help("'all-linear' or module names with commas between, as in q_proj,v_proj", "all-linear")
+    quantize: str = _help("'nf4' stores the frozen weights in 4 bits (QLoRA); 'none' leaves them", "nf4")
+
+    learning_rate: float = _help("peak learning rate", 2e-4)
+    lr_scheduler_type: str = _help("transformers' schedule", "cosine")
+    warmup_steps: int = _help("steps of linear warm-up", 0)
+    weight_decay: float = _help("AdamW's weight decay", 0.0)
+    max_grad_norm: float = _help("gradients are clipped to this norm", 1.0)
+    optim: str = _help("transformers' optimizer name", "adamw_torch")
+    num_train_epochs: float = _help("passes over the dataset, unless max_steps is positive", 1.0)
+    max_steps: int = _help("optimizer steps; -1 goes by num_train_epochs", -1)
+    per_device_train_batch_size: int = _help("sequences a step and device", 8)
+    gradient_accumulation_steps: int = _help("batches a step", 1)
+    max_length: int = _help("longer sequences are cut to this many tokens", 1024)
+    packing: bool = _help("fill sequences with several examples", False)
+
+    # TRL turns both on by default; here they are off until asked for.
+    bf16: bool = _help("load and compute in bfloat16", False)
+    gradient_checkpointing: bool = _help("recompute activations in backward: less memory, more time", False)
+
+    use_cpu: bool = _help("stay on the CPU even where there is a GPU", False)
+    seed: int = _help("seed of adapters, order and dropout", 0)
+    logging_steps: int = _help("steps between log lines", 10)
+    save_steps: int = _help("steps between checkpoints; 0 saves only the final adapter", 0)
+    resume_from_checkpoint: str | None = _help("a checkpoint folder, or 'last' for output_dir's newest", None)
+    report_to: str = _help("transformers' reporting integrations", "none")
+    disable_tqdm: bool = _help("no progress bars", False)
+
+    def __post_init__(self) -> None:
+        if self.quantize not in ("nf4", "none"):
+            raise ValueError(f"quantize: expected 'nf4' or 'none', got {self.quantize!r}")
+        sizes = "lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps max_length logging_steps"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
+        if self.save_steps < 0:
+            raise ValueError(f"save_steps: expected 0 or more, got {self.save_steps}")
+        path = Path(self.model_name_or_path)
+        if (path.is_absolute() or self.model_name_or_path.startswith(".")) and not path.is_dir():
+            raise ValueError(f"model_name_or_path: there is no folder {self.model_name_or_path}")
+
+    def targets(self) -> str | list[str]:
+        """Give `target_modules` as PEFT takes it.
+
+        Returns:
+            "all-linear", or a list of module names.
+        """
+        if self.target_modules == "all-linear":
+            return self.target_modules
+        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
+    def checkpoint(self) -> str | bool | None:
+        """Give `resume_from_checkpoint` as the Trainer takes it.
+
+        Returns:
+            None, True for the newest in `output_dir`, or a folder.
+
+        Raises:
+            ValueError: if the folder does not exist.
+        """
+        if self.resume_from_checkpoint in (None, ""):
+            return None
+        if self.resume_from_checkpoint == "last":
+            return True
+        if not os.path.isdir(str(self.resume_from_checkpoint)):
+            raise ValueError(f"resume_from_checkpoint: there is no folder {self.resume_from_checkpoint}")
+        return self.resume_from_checkpoint
