@@ -1,0 +1,269 @@
+"""PEFT's LoRA layers with their forward on `lora_linear`. Imports peft: only `inject` imports this file, when called.
+
+The classes hold no state that PEFT's do not: `inject` assigns `module.__class__`, so that names, Parameters, hooks and
+optimizer references stay what they are, and `eject` assigns it back. Whatever is not plain LoRA runs PEFT's own math.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_ops import functional
+from lora_ops._checks import dtype_name
+from lora_ops.nn import NF4Linear, add_to_nf4, is_conv1d
+from lora_ops.quant.nf4 import NF4Tensor
+
+logger = logging.getLogger("lora_ops")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def why_not_fusable(layer: nn.Module) -> str | None:
+    """Why a layer of PEFT's cannot become one of ours, or None: what its class and its base layer say."""
+    if type(layer) not in (lora.Linear, LoraLinear, LoraNF4Linear):
+        return f"lora_ops fuses PEFT's lora.Linear only, this is a {_qualname(layer)}"
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D, NF4Linear):
+        return f"base layer: expected nn.Linear, Conv1D or NF4Linear, got {_qualname(base)}"
+    return None
+
+
+def why_not_fused(layer: LoraLayer) -> str | None:
+    """Why a forward of the layer in its present state runs PEFT's math, or None if `lora_linear` runs it."""
+    if reason := why_not_fusable(layer):
+        return reason
+    if layer.disable_adapters:
+        return "adapters are disabled: only the base layer runs"
+    if layer.merged:
+        return "adapters are merged: only the base layer runs"
+    active = active_adapters(layer)
+    if len(active) != 1:
+        return f"{len(active)} active adapters: {', '.join(active)}" if active else "no active adapter"
+    (name,) = active
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is not plain LoRA: {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_bias.get(name, False):
+        return f"adapter {name!r} has lora_bias"
+    base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    # The fused forward reads their tensors and does not call them.
+    for part, module, types in (
+        ("base layer", base, (nn.Linear, Conv1D, NF4Linear)),
+        ("lora_A", lora_a, (nn.Linear,)),
+        ("lora_B", lora_b, (nn.Linear,)),
+        ("lora_dropout", dropout, (nn.Dropout, nn.Identity)),
+    ):
+        if type(module) not in types:
+            return f"{part}: expected {' or '.join(t.__name__ for t in types)}, got {_qualname(module)}"
+        if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
+            return f"{part} has hooks or a forward of its own, which the fused op would not call"
+    for part, t in (("base layer", base.weight), ("lora_A", lora_a.weight), ("lora_B", lora_b.weight)):
+        if type(t) not in (nn.Parameter, Tensor):
+            return f"{part}: expected a plain tensor as weight, got {_qualname(t)}"
+    if base.weight.requires_grad:
+        return "base layer: its weight requires a gradient, which lora_linear does not compute"
+    return None
+
+
+def active_adapters(layer: LoraLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _qualname(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _why_not_this_call(layer: LoraLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call, on a layer that is otherwise fused, runs PEFT's math."""
+    if kwargs.get("adapter_names") is not None:
+        return "adapter_names: the call mixes adapters in one batch"
+    if args or any(kwargs[key] is not None for key in kwargs):
+        return f"the call has arguments beside x: {', '.join(kwargs) or len(args)}"
+    if not x.dtype.is_floating_point:
+        return f"x: expected a floating dtype, got {dtype_name(x.dtype)}"
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    (name,) = active_adapters(layer)
+    base = layer.base_layer
+    if not isinstance(base, NF4Linear) and base.weight.dtype != x.dtype:
+        return f"x is {dtype_name(x.dtype)} and the base layer {dtype_name(base.weight.dtype)}"
+    for part, t in (("lora_A", layer.lora_A[name].weight), ("lora_B", layer.lora_B[name].weight)):
+        if t.dtype != x.dtype and (t.dtype != torch.float32 or x.dtype == torch.float64):
+            return f"{part} is {dtype_name(t.dtype)} under {dtype_name(x.dtype)} activations"
+    return None
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logger.warning("a LoRA layer runs PEFT's math instead of lora_linear: %s", reason)
+
+
+# Under torch.compile the call is made while tracing, and leaves no graph break.
+_tell = torch.compiler.assume_constant_result(_tell_once)
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's LoRA layer over nn.Linear or Conv1D, on `lora_linear`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = why_not_fused(self)
+        if reason is None:
+            reason = _why_not_this_call(self, x, args, kwargs)
+            if reason is None:
+                return self._fused(x)
+            self.__dict__["unfused_call"] = reason
+        if not self.disable_adapters and not self.merged:  # else no adapter is to be fused
+            _tell(reason)
+        return super().forward(x, *args, **kwargs)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        (name,) = active_adapters(self)
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        bias = base.bias
+        if isinstance(base, NF4Linear):
+            base._check_not_empty()
+            weight: Tensor | NF4Tensor = base.quantized
+            if bias is not None and bias.dtype != x.dtype:
+                bias = bias.to(x.dtype)
+        else:
+            weight = base.weight.T if is_conv1d(base) else base.weight
+        return functional.lora_linear(
+            x,
+            weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            scale=self.scaling[name],
+            bias=bias,
+            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
+
+
+class LoraNF4Linear(LoraLinear):
+    """PEFT's LoRA layer over NF4Linear, on `lora_linear`; merges by quantizing anew and unmerges to the same bytes."""
+
+    # The weight and bias as they were before `merge`. Class attribute: a layer that `inject` adopts has none of its own.
+    _unmerged: tuple[NF4Tensor, Tensor | None] | None = None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = False  # an NF4Linear holds (N, K), whatever the other targets of the adapter do
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        check_nf4_config(config)
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base's weight: W ← quantize(dequantize(W) + Σ scale · B A), rounded once for all adapters.
+
+        Args:
+            safe_merge: as in PEFT; a sum that is not finite is refused either way, since NF4 cannot hold it.
+            adapter_names: which ones; the active ones if None.
+
+        Raises:
+            ValueError: if the sum is not finite; the layer is left as it was.
+            RuntimeError: if an adapter has a bias and the base layer none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        base: NF4Linear = self.get_base_layer()
+        original, original_bias = self._unmerged or (base.quantized, None if base.bias is None else base.bias.data)
+        delta, bias = 0, original_bias
+        for name in [*self.merged_adapters, *names]:
+            adapter = self.get_delta_weight(name).float()
+            if not bool(torch.isfinite(adapter).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            delta = delta + adapter
+            if self.lora_bias.get(name, False):
+                if bias is None:
+                    raise RuntimeError(
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                bias = bias + (self.lora_B[name].bias * self.scaling[name]).to(bias.dtype)
+        merged = add_to_nf4(original, delta)
+        base.quantized = merged
+        if bias is not None:
+            base.bias.data = bias
+        self._unmerged = original, original_bias
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base's weight and bias to the bytes that they had before `merge`."""
+        if not self.merged or self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: NF4Linear = self.get_base_layer()
+        original, bias = self._unmerged
+        base.quantized = original.to(base.weight.device)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias.device, base.bias.dtype)
+        self.merged_adapters.clear()
+        self._unmerged = None
+
+
+def check_nf4_config(config: Any) -> None:
+    """Raise ValueError unless an adapter of this LoraConfig can stand on an NF4 base: plain LoRA, drawn at random."""
+    variants = [
+        name
+        for name in ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config",
+                     "monteclora_config", "kasa_config")
+        if getattr(config, name, None)
+    ]  # fmt: skip
+    if variants:
+        raise ValueError(f"{variants[0]}: an NF4 base layer takes plain LoRA adapters only, got {variants[0]}")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            "init_lora_weights: expected True, False or 'gaussian' over an NF4 base layer (others read or change the "
+            f"dense weight), got {config.init_lora_weights!r}"
+        )
+
+
+class LoraModel(lora.LoraModel):
+    """PEFT's LoraModel, whose later adapters get our layers too."""
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if type(base) is NF4Linear and kwargs.get("parameter_name") is None:
+            kwargs.pop("device_map", None)
+            return LoraNF4Linear(target, adapter_name, lora_config, **kwargs)
+        return adopt(lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self._checkpoint("activation_checkpointing_enable", *args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self._checkpoint("gradient_checkpointing_enable", *args, **kwargs)
+
+    def _checkpoint(self, method: str, *args: Any, **kwargs: Any) -> None:
+        # Reentrant checkpointing computes no gradient at all unless an input asks for one, and the base is frozen.
+        options = [*args[:1], *(value for key, value in kwargs.items() if key.endswith("checkpointing_kwargs"))]
+        reentrant = any(isinstance(o, dict) and o.get("use_reentrant", True) for o in options)
+        if reentrant and hasattr(self.model, "enable_input_require_grads"):
+            self.model.enable_input_require_grads()
+        getattr(self.model, method)(*args, **kwargs)
+
+
+def adopt(layer: nn.Module) -> nn.Module:
+    """Make PEFT's layer one of ours where it can be, in place."""
+    if why_not_fusable(layer) is None:
+        layer.__class__ = LoraNF4Linear if isinstance(layer.base_layer, NF4Linear) else LoraLinear
+    return layer
+
+
+def abandon(layer: nn.Module) -> None:
+    """Make a layer of ours PEFT's again, in place."""
+    if isinstance(layer, LoraLinear):
+        layer.__class__ = lora.Linear
+        layer.__dict__.pop("unfused_call", None)
+        layer.__dict__.pop("_unmerged", None)

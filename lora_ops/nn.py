@@ -1,0 +1,486 @@
+"""Drop-in modules over the ops, usable without PEFT: a linear layer in NF4, and one with a low-rank update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ops import functional
+from lora_ops._checks import check_probability, dtype_name
+from lora_ops.formats import bitsandbytes as layout
+from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, check_nf4
+
+# The scales stand in int32 Parameters that are viewed as float32 where they are used: module.to(dtype) casts floating
+# tensors only, and so does an FSDP2 mixed-precision policy. A buffer would not be sharded.
+_ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET = "weight_absmax", "weight_nested_absmax", "weight_nested_offset"
+
+
+def is_conv1d(module: object) -> bool:
+    """Whether `module` is transformers' Conv1D, a linear layer with its weight stored as (K, N); told by its name, so
+    that nothing imports transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of an nn.Linear, or of a Conv1D, as a view."""
+    if is_conv1d(linear):
+        return linear.weight.T
+    if isinstance(linear, nn.Linear):
+        return linear.weight
+    raise TypeError(f"linear: expected an nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+
+
+class NF4Linear(nn.Linear):
+    """Linear layer whose frozen weight is stored in NF4: y = x Wᵀ + b with W = dequantize(weight).
+
+    Its state dict is that of a bitsandbytes `Linear4bit` (quant_type "nf4"), byte for byte, and it loads one. The
+    constructor makes an empty layer to load such a state dict into; `from_linear` quantizes a layer. `.to(dtype)` casts
+    the bias only.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the layer adds one.
+        block_size: elements that share one absmax; a loaded state dict decides anew.
+        double_quant: whether absmax is itself quantized to 8 bits; a loaded state dict decides anew.
+        device: of the tensors; on "meta", loading takes over the tensors of the state dict.
+        dtype: of the bias, and the default of `dequantize`.
+
+    Raises:
+        ValueError: if block_size is not one of NF4's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate the dense weight
+        check_block_size(block_size)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.in_features, self.out_features = in_features, out_features
+        n = in_features * out_features
+        n_blocks = -(-n // block_size)
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
+        self._set(
+            NF4Tensor(
+                torch.zeros((n + 1) // 2, 1, dtype=torch.uint8, device=device),
+                torch.zeros(n_blocks, dtype=absmax_dtype, device=device),
+                (out_features, in_features),
+                dtype,
+                block_size,
+                torch.zeros(-(-n_blocks // NESTED_BLOCK_SIZE), device=device) if double_quant else None,
+                torch.zeros((), device=device) if double_quant else None,
+            )
+        )
+        self._empty = True
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
+        """Quantize the weight of a linear layer.
+
+        Args:
+            linear: nn.Linear, or transformers' Conv1D, whose weight is taken transposed.
+            block_size: elements that share one absmax.
+            double_quant: quantize absmax as well.
+
+        Returns:
+            A layer that shares the bias of `linear` (the same Parameter), in its train or eval mode.
+
+        Raises:
+            TypeError: if `linear` is neither of the two.
+            ValueError: if its weight is not float32, bfloat16 or float16, or not finite.
+        """
+        if isinstance(linear, NF4Linear):
+            raise TypeError("linear: expected an nn.Linear or transformers' Conv1D, got an NF4Linear")
+        q = functional.quantize_nf4(weight_of(linear), block_size=block_size, double_quant=double_quant)
+        layer = cls.from_quantized(q, linear.bias)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_quantized(cls, q: NF4Tensor, bias: nn.Parameter | None = None) -> NF4Linear:
+        """Wrap a quantized weight.
+
+        Args:
+            q: of shape (N, K); its tensors are shared.
+            bias: [N], becomes the layer's bias as it is.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError, ValueError: if q is not a matrix in NF4.
+        """
+        check_nf4("q", q, dim=2)
+        n, k = q.shape
+        layer = cls(k, n, bias=False, block_size=q.block_size, double_quant=q.nested, device="meta", dtype=q.dtype)
+        layer.quantized = q
+        layer.bias = bias
+        return layer
+
+    @property
+    def quantized(self) -> NF4Tensor:
+        """The weight, of shape (N, K); its tensors are the layer's. Assigning one takes over its tensors."""
+        absmax, nested_absmax, offset = (self._parameters[name] for name in (_ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET))
+        return NF4Tensor(
+            self.weight.detach(),
+            absmax.detach() if absmax.dtype == torch.uint8 else absmax.detach().view(torch.float32),
+            (self.out_features, self.in_features),
+            self.quantized_dtype,
+            self.block_size,
+            None if nested_absmax is None else nested_absmax.detach().view(torch.float32),
+            # Kept as [1]: FSDP2 does not shard 0-d parameters.
+            None if offset is None else offset.detach().view(torch.float32).view(()),
+        )
+
+    @quantized.setter
+    def quantized(self, q: NF4Tensor) -> None:
+        check_nf4("q", q, dim=2)
+        if tuple(q.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"q: expected shape (N={self.out_features}, K={self.in_features}), got {tuple(q.shape)}")
+        self._set(q)
+        self._empty = False
+
+    def _set(self, q: NF4Tensor) -> None:
+        self.block_size, self.quantized_dtype = q.block_size, q.dtype
+        offset = None if q.nested_offset is None else q.nested_offset.view(1)
+        tensors = {"weight": q.packed, _ABSMAX: q.absmax, _NESTED_ABSMAX: q.nested_absmax, _NESTED_OFFSET: offset}
+        for name, t in tensors.items():
+            if t is None:
+                self.register_parameter(name, None)
+                continue
+            bits = t.detach() if t.dtype == torch.uint8 else t.detach().view(torch.int32)
+            current = self._parameters.get(name)
+            if current is None or current.is_meta or current.device != bits.device:
+                self.register_parameter(name, nn.Parameter(bits, requires_grad=False))
+            else:
+                current.data = bits  # whoever holds the Parameter sees the new weight
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor: W[e] = NF4_CODE[code e] · absmax[e // block_size].
+
+        Args:
+            dtype: of the result; that of the tensor that was quantized if None.
+
+        Returns:
+            [N, K].
+
+        Raises:
+            RuntimeError: if the layer is empty.
+        """
+        self._check_not_empty()
+        return functional.dequantize_nf4(self.quantized, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_not_empty()
+        bias = self.bias
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)  # the weight follows x's dtype, so its bias does too
+        return functional.nf4_linear(input, self.quantized, bias)
+
+    def _check_not_empty(self) -> None:
+        if self._empty:
+            raise RuntimeError(
+                f"NF4Linear({self.in_features}, {self.out_features}): the layer is empty; load a state dict into it, or "
+                "make it with NF4Linear.from_linear"
+            )
+
+    def reset_parameters(self) -> None:
+        """Nothing: a quantized weight is loaded, never drawn. Model initializers call this on every nn.Linear."""
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}, double_quant={self._parameters[_NESTED_ABSMAX] is not None}, "
+            f"dtype={dtype_name(self.quantized_dtype)}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        state = layout.to_state_dict(self.quantized)
+        destination[prefix + layout.WEIGHT] = self.weight if keep_vars else state[layout.WEIGHT]
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        for key, value in state.items():
+            destination.setdefault(prefix + key, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """All of the state dict is read and checked before anything is written."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        known = {*layout.KEYS, *layout.NESTED_KEYS, layout.FP4_QUANT_STATE, "bias"}
+        if strict:
+            unexpected_keys += [prefix + k for k in own if k not in known]
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        errors: list[str] = []
+        q = self._read_weight(own, prefix, missing_keys, errors)
+        bias = own.get("bias")
+        if self.bias is None:
+            if strict and bias is not None:
+                unexpected_keys.append(prefix + "bias")
+        elif bias is None:
+            if strict:
+                missing_keys.append(prefix + "bias")
+        elif tuple(bias.shape) != (self.out_features,):
+            errors.append(f"{prefix}bias: expected shape ({self.out_features},), got {tuple(bias.shape)}")
+        if errors:
+            error_msgs += errors
+            return
+        if q is not None:
+            self.quantized = q if assign or self.weight.is_meta else _copy_to(q, self.weight.device)
+        if self.bias is not None and bias is not None:
+            if assign or self.bias.is_meta:
+                self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(bias)
+
+    def _read_weight(
+        self, own: Mapping[str, Tensor], prefix: str, missing_keys: list[str], errors: list[str]
+    ) -> NF4Tensor | None:
+        if layout.FP4_QUANT_STATE not in own and (missing := [key for key in layout.KEYS if key not in own]):
+            missing_keys += [prefix + key for key in missing]
+            return None
+        try:
+            q = layout.from_state_dict(own)
+        except KeyError as error:  # a nested key, which only a double-quantized weight has
+            missing_keys.append(prefix + str(error.args[0]).partition(":")[0])
+            return None
+        except ValueError as error:
+            errors.append(prefix + str(error))
+            return None
+        if q.shape != (self.out_features, self.in_features):
+            errors.append(
+                f"{prefix}{layout.QUANT_STATE}: shape: expected (N={self.out_features}, K={self.in_features}), "
+                f"got {tuple(q.shape)}"
+            )
+            return None
+        return q
+
+
+def _copy_to(q: NF4Tensor, device: torch.device) -> NF4Tensor:
+    """The same value in tensors of its own, so that the layer does not change with the state dict."""
+    parts = (q.absmax, q.nested_absmax, q.nested_offset)
+    absmax, nested_absmax, offset = (None if t is None else t.detach().to(device, copy=True) for t in parts)
+    packed = q.packed.detach().to(device, copy=True)
+    return NF4Tensor(packed, absmax, q.shape, q.dtype, q.block_size, nested_absmax, offset)  # type: ignore[arg-type]
+
+
+class LoRALinear(nn.Module):
+    """Linear layer with a low-rank update over a frozen weight: y = x Wᵀ + b + scale · drop(x) Aᵀ Bᵀ.
+
+    scale = lora_alpha / r, or lora_alpha / √r with `use_rslora`. A is drawn as nn.Linear draws its weight and B is zero,
+    so that a new layer computes what its base does. Both are float32 unless `dtype` says otherwise, also over 16-bit
+    activations. The base is frozen; the state dict holds `base_layer.*`, `lora_A.weight` [R, K], `lora_B.weight` [N, R].
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: rank R, at least 1.
+        lora_alpha: numerator of scale.
+        lora_dropout: probability to drop an element of the low-rank branch's input, in training only.
+        bias: whether the base has one.
+        use_rslora: divide by √r.
+        base_layer: nn.Linear or NF4Linear to take as base; a random nn.Linear if None.
+        device: of new tensors; that of the base by default.
+        dtype: of lora_A and lora_B.
+
+    Raises:
+        TypeError, ValueError: if r, lora_dropout or base_layer does not fit.
+
+    Source: LoRA (Hu et al. 2021), equation 3; rsLoRA (Kalajdzievski 2023).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        *,
+        base_layer: nn.Linear | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
+        check_probability("lora_dropout", lora_dropout)
+        if base_layer is None:
+            base_layer = nn.Linear(in_features, out_features, bias, device=device)
+        if (base_layer.in_features, base_layer.out_features) != (in_features, out_features):
+            raise ValueError(
+                f"base_layer: expected (K={in_features}, N={out_features}), "
+                f"got ({base_layer.in_features}, {base_layer.out_features})"
+            )
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.in_features, self.out_features = in_features, out_features
+        self.scale = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.base_layer = base_layer.requires_grad_(False)
+        device = base_layer.weight.device if device is None else device
+        self.lora_A = nn.Linear(in_features, r, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(r, out_features, bias=False, device=device, dtype=dtype)
+        self._unmerged: Tensor | NF4Tensor | None = None
+        self.reset_lora_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        quantize: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> LoRALinear:
+        """Put a low-rank update on a layer, which becomes the base and is frozen.
+
+        Args:
+            linear: nn.Linear or NF4Linear; or transformers' Conv1D, whose weight is taken as a transposed view.
+            r: rank.
+            lora_alpha: numerator of scale.
+            lora_dropout: dropout probability of the low-rank branch.
+            use_rslora: divide lora_alpha by √r.
+            quantize: None, or "nf4" to store the base's weight in double-quantized NF4.
+            dtype: of lora_A and lora_B.
+
+        Returns:
+            The layer, in the train or eval mode of `linear`.
+
+        Raises:
+            TypeError, ValueError: if an argument is not one of those.
+        """
+        check_quantize(quantize)
+        weight = weight_of(linear)
+        if quantize == "nf4" and not isinstance(linear, NF4Linear):
+            base: nn.Linear = NF4Linear.from_linear(linear)
+        elif isinstance(linear, nn.Linear):
+            base = linear
+        else:
+            base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            base.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            base.bias = linear.bias
+        layer = cls(
+            base.in_features, base.out_features, r, lora_alpha, lora_dropout, use_rslora=use_rslora, base_layer=base,
+            dtype=dtype,
+        )  # fmt: skip
+        return layer.train(linear.training)
+
+    def reset_lora_parameters(self) -> None:
+        """Draw lora_A from Kaiming's uniform distribution (a = √5) and zero lora_B, as PEFT does."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        if self.merged:
+            return base(x)
+        if isinstance(base, NF4Linear):
+            base._check_not_empty()
+        bias = base.bias
+        if bias is not None and isinstance(base, NF4Linear) and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return functional.lora_linear(
+            x,
+            base.quantized if isinstance(base, NF4Linear) else base.weight,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            scale=self.scale,
+            bias=bias,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base's weight holds the update."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base's weight: W ← W + scale · B A, in float32 and rounded (or quantized) once.
+
+        The weight as it was is kept, so that `unmerge` restores its bytes.
+
+        Raises:
+            RuntimeError: if the layer is merged already.
+            ValueError: if the sum is not finite and the weight is in NF4.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the layer is merged already")
+        base = self.base_layer
+        delta = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())  # [N, R] @ [R, K] -> [N, K]
+        if isinstance(base, NF4Linear):
+            original: Tensor | NF4Tensor = base.quantized
+            base.quantized = add_to_nf4(base.quantized, delta)
+        else:
+            original = base.weight.data
+            wide = torch.promote_types(original.dtype, torch.float32)
+            base.weight.data = (original.to(wide) + delta).to(original.dtype)
+        self._unmerged = original
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base's weight, to the bytes that it had before `merge`.
+
+        Raises:
+            RuntimeError: if the layer is not merged.
+        """
+        original, base = self._unmerged, self.base_layer
+        if original is None:
+            raise RuntimeError("unmerge: the layer is not merged")
+        if isinstance(base, NF4Linear) and isinstance(original, NF4Tensor):
+            base.quantized = original.to(base.weight.device)
+        elif isinstance(original, Tensor):
+            base.weight.data = original.to(base.weight.device, base.weight.dtype)
+        self._unmerged = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.merged:  # whoever loaded it would apply the update twice
+            raise RuntimeError(f"state_dict: {prefix or 'the layer'} is merged; call unmerge() first")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scale={self.scale:g}, "
+            f"merged={self.merged}"
+        )
+
+
+QUANTIZE = (None, "nf4")
+
+
+def check_quantize(quantize: str | None) -> None:
+    if quantize not in QUANTIZE:
+        raise ValueError(f"quantize: expected one of {', '.join(map(repr, QUANTIZE))}, got {quantize!r}")
+
+
+def add_to_nf4(q: NF4Tensor, delta: Tensor) -> NF4Tensor:
+    """quantize(dequantize(q) + delta), summed in float32, with q's block size and nesting."""
+    dense = functional.dequantize_nf4(q, dtype=torch.float32) + delta
+    return replace(functional.quantize_nf4(dense, block_size=q.block_size, double_quant=q.nested), dtype=q.dtype)
