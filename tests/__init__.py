@@ -1,0 +1,1 @@
+"""Tests; bench/ shares their inputs (`tests.cases`) and their tolerance rule (`tests.tolerance`)."""
