@@ -1,7 +1,8 @@
 """Builds csrc/cpu into lora_ops/_liblora_ops.so: a plain shared library with a C ABI, loaded by lora_ops/_native.py.
 
 Needs setuptools and a C++17 compiler, nothing else. Without a working compiler the package installs with its other
-backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are honoured.
+backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are
+honoured.
 """
 
 import os
@@ -9,7 +10,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,12 +20,20 @@ ROOT = Path(__file__).parent
 SOURCE_DIR = Path("csrc/cpu")
 
 # -ffp-contract=off: the codecs are bit-exact, a fused multiply-add would change their bytes.
-FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall -Wextra".split()
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"
+]  # fmt: skip
 # Each instruction set is one source file; the choice between them is made at run time.
 X86_SOURCES = {
-    "avx2.cpp": "-mavx2 -mf16c".split(),
-    # g++ 12 warns inside its own intrinsics header (its bug 105593).
-    "avx512.cpp": "-mavx2 -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized".split(),
+    "avx2.cpp": ["-mavx2", "-mf16c"],
+    # -Wno-*uninitialized: g++ 12 warns inside its own intrinsics header (its bug 105593).
+    "avx512.cpp": [
+        "-mavx2",
+        "-mf16c",
+        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -43,11 +51,12 @@ class BuildNative(build_ext):
             reason = f"lora_ops: the native CPU backend was not built: {error}"
             if os.environ.get("LORA_OPS_REQUIRE_NATIVE") == "1":
                 raise SystemExit(reason) from error
-            warnings.warn(f"{reason}. The other backends work; install a C++17 compiler and reinstall for fast CPU kernels.")
+            advice = "The other backends work; for fast CPU kernels install a C++17 compiler and reinstall."
+            print(f"{'*' * 79}\n{reason}\n{advice}\n{'*' * 79}", file=sys.stderr, flush=True)
 
     def _build(self, library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        flags = FLAGS + [f"-I{ROOT / 'csrc/include'}"]
+        flags = [*FLAGS, f"-I{ROOT / 'csrc/include'}"]
         if IS_X86:
             flags.append("-DLORA_OPS_X86")
         user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -62,19 +71,19 @@ class BuildNative(build_ext):
                 continue
             objects.append(str(objects_dir / f"{source.stem}.o"))
             isa_flags = X86_SOURCES.get(source.name, [])
-            self._run(compiler + flags + openmp + user_flags + isa_flags + ["-c", str(source), "-o", objects[-1]])
+            self._run([*compiler, *flags, *openmp, *user_flags, *isa_flags, "-c", str(source), "-o", objects[-1]])
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         # Linked beside and renamed, so that a process that has the old library mapped keeps it whole.
         fresh = library.with_suffix(".so.new")
-        self._run(compiler + ["-shared", "-o", str(fresh), *objects, *openmp, *link_flags])
+        self._run([*compiler, "-shared", "-o", str(fresh), *objects, *openmp, *link_flags])
         os.replace(fresh, library)
 
     def _openmp(self, compiler: list[str]) -> list[str]:
-        probe = compiler + ["-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]
+        probe = [*compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]
         if subprocess.run(probe, input=b"", capture_output=True).returncode == 0:
             return ["-fopenmp"]
         print("lora_ops: the compiler has no OpenMP: native kernels will use one thread", file=sys.stderr)
-        return []
+        return ["-Wno-unknown-pragmas"]
 
     @staticmethod
     def _run(command: list[str]) -> None:

@@ -81,7 +81,7 @@ def _open(path: Path) -> ctypes.CDLL:
 def _force(lib: ctypes.CDLL, name: str) -> None:
     supported = _supported(lib)
     if name not in supported:
-        raise NativeError(f"LORA_OPS_ISA / force_isa: expected one of {', '.join(supported)} on this machine, got {name!r}")
+        raise NativeError(f"instruction set: this machine has {', '.join(supported)}; {name!r} was asked for")
     lib.lora_ops_force_isa(ISAS[name])
 
 
@@ -151,33 +151,35 @@ def _check(status: int, function: str, argument: str) -> None:
         raise NativeError(f"{function}: refused its arguments (status {status})")
 
 
-def nf4_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    nested_absmax: Tensor | None = None,
-    nested_offset: float = 0.0,
-    absmax_map: Tensor | None = None,
+def nf4_weight(packed: Tensor, absmax: Tensor, block_size: int) -> NF4Weight:
+    """The C view of an NF4 weight."""
+    return NF4Weight(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
+
+
+def nested_nf4_weight(
+    packed: Tensor, absmax: Tensor, absmax_map: Tensor, nested_absmax: Tensor, nested_offset: float, block_size: int
 ) -> NF4Weight:
-    """The C view of an NF4 weight; absmax holds uint8 codes into absmax_map when nested_absmax is given."""
-    if nested_absmax is None:
-        return NF4Weight(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
-    assert absmax_map is not None
-    return NF4Weight(
-        packed.data_ptr(), None, absmax.data_ptr(), absmax_map.data_ptr(), nested_absmax.data_ptr(), nested_offset, block_size
-    )  # fmt: skip
+    """The C view of a double-quantized NF4 weight: absmax holds uint8 codes into absmax_map."""
+    pointers = (t.data_ptr() for t in (absmax, absmax_map, nested_absmax))
+    return NF4Weight(packed.data_ptr(), None, *pointers, nested_offset, block_size)
 
 
 def nf4_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
-    """w [n] -> packed uint8 [(n + 1) // 2], absmax fp32 [ceil(n / block_size)]."""
+    """Quantize w [n] into packed uint8 [(n + 1) // 2] and absmax fp32 [ceil(n / block_size)]."""
     status = library().lora_ops_nf4_quantize(
-        w.data_ptr(), _DTYPES[w.dtype], w.numel(), block_size, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
-    )  # fmt: skip
+        w.data_ptr(),
+        _DTYPES[w.dtype],
+        w.numel(),
+        block_size,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
     _check(status, "nf4_quantize", "w")
 
 
 def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None:
-    """Elements [begin, end) of the flat weight -> out [end - begin]."""
+    """Decode elements [begin, end) of the flat weight into out [end - begin]."""
     status = library().lora_ops_nf4_dequantize(
         byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
     )
@@ -185,17 +187,28 @@ def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None
 
 
 def blockwise8_quantize(x: Tensor, block_size: int, code_map: Tensor, codes: Tensor, absmax: Tensor) -> None:
-    """x fp32 [n] -> codes uint8 [n], absmax fp32 [ceil(n / block_size)]; code_map fp32 [256], ascending."""
+    """Quantize x fp32 [n] into codes uint8 [n] and absmax fp32 [ceil(n / block_size)]; code_map fp32 [256] ascends."""
     status = library().lora_ops_blockwise8_quantize(
-        x.data_ptr(), x.numel(), block_size, code_map.data_ptr(), codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
-    )  # fmt: skip
+        x.data_ptr(),
+        x.numel(),
+        block_size,
+        code_map.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
     _check(status, "blockwise8_quantize", "x")
 
 
 def blockwise8_dequantize(codes: Tensor, absmax: Tensor, block_size: int, code_map: Tensor, out: Tensor) -> None:
-    """codes uint8 [n], absmax fp32 -> out fp32 [n]."""
+    """Decode codes uint8 [n] with absmax fp32 [ceil(n / block_size)] into out fp32 [n]."""
     status = library().lora_ops_blockwise8_dequantize(
-        codes.data_ptr(), absmax.data_ptr(), codes.numel(), block_size, code_map.data_ptr(), out.data_ptr(),
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        codes.numel(),
+        block_size,
+        code_map.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     _check(status, "blockwise8_dequantize", "codes")

@@ -59,6 +59,11 @@ __m256i encode16(const T* w, float scale) {
 // 8 + 8 numbers of 32 bits below 2^16 -> 16 numbers of 16 bits, in order.
 inline __m256i narrow(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8); }
 
+// 16 numbers of 16 bits below 2^8 -> 16 bytes.
+inline __m128i to_bytes(__m256i words) {
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
 inline __m128i to_16_bits(__m256 x, F16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 inline __m128i to_16_bits(__m256 x, BF16) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -100,8 +105,7 @@ struct Avx2 {
     template <class T>
     static void encode32(const T* w, float scale, uint8_t* packed) {
         const __m256i words = narrow(encode16(w, scale), encode16(w + 16, scale));
-        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), bytes);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), to_bytes(words));
     }
 
     template <class T>
@@ -131,13 +135,7 @@ struct Avx2 {
         look_up(table, codes.second, out + 16);
     }
 
-    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
-        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, search);
-    }
-
-    static void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out) {
-        for (int64_t i = 0; i < n; ++i) out[i] = map[codes[i]] * absmax;
-    }
+    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes);
 };
 
 template <>
@@ -175,9 +173,33 @@ void Avx2::decode32<float>(const Table<float>& table, const uint8_t* packed, flo
     }
 }
 
+inline __m256i blockwise8_encode8(const float* x, float scale, const Blockwise8Search& search) {
+    const __m256i sign = _mm256_set1_epi32(INT32_MIN), one = _mm256_set1_epi32(kOneBits);
+    const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(scale)));
+    const __m256i magnitude = _mm256_min_epu32(_mm256_andnot_si256(sign, bits), one);
+    const __m256 v = _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(sign, bits), magnitude));
+    const __m256i key = _mm256_sub_epi32(_mm256_srli_epi32(magnitude, 16), _mm256_set1_epi32(search.kFirstKey));
+    const __m256i negative_bins = _mm256_and_si256(_mm256_srai_epi32(bits, 31), _mm256_set1_epi32(search.kBins));
+    const __m256i bin = _mm256_add_epi32(_mm256_max_epi32(key, _mm256_setzero_si256()), negative_bins);
+    const __m256i start = _mm256_i32gather_epi32(reinterpret_cast<const int*>(search.start), bin, 1);
+    __m256i code = _mm256_and_si256(start, _mm256_set1_epi32(255));
+    for (int step = 0; step < search.most_steps; ++step) {
+        const __m256 threshold = _mm256_i32gather_ps(search.threshold, code, 4);
+        code = _mm256_sub_epi32(code, _mm256_castps_si256(_mm256_cmp_ps(v, threshold, _CMP_GT_OQ)));
+    }
+    return code;
+}
+
+void Avx2::encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m256i a = blockwise8_encode8(x + i, scale, search), b = blockwise8_encode8(x + i + 8, scale, search);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), to_bytes(narrow(a, b)));
+    }
+}
+
 }  // namespace
 
 const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, blockwise8_quantize<Avx2>,
-                              blockwise8_dequantize<Avx2>};
+                              blockwise8_dequantize};
 
 }  // namespace lora_ops

@@ -21,17 +21,16 @@ constexpr int nf4_bin(float v) {
     return static_cast<int>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
 }
 
-constexpr bool every_bin_has_at_most_one_threshold() {
+constexpr bool bins_are_exact() {
     for (int i = 0; i < 15; ++i) {
         if (i < 14 && nf4_bin(nf4_threshold(i)) == nf4_bin(nf4_threshold(i + 1))) return false;
-        // The hardware rounds ties to even, nf4_bin away from zero: no threshold may be near one.
-        const float scaled = nf4_threshold(i) * kBinsPerUnit;
-        const float from_tie = (scaled < 0 ? -scaled : scaled) + 0.5f - static_cast<float>(nf4_bin(scaled < 0 ? -nf4_threshold(i) : nf4_threshold(i)));
-        if (from_tie < 1e-3f || from_tie > 1 - 1e-3f) return false;
+        // The hardware rounds ties to even, nf4_bin away from zero: no threshold may be near a tie.
+        const float from_bin = nf4_threshold(i) * kBinsPerUnit - static_cast<float>(nf4_bin(nf4_threshold(i)));
+        if (from_bin < -0.499f || from_bin > 0.499f) return false;
     }
     return true;
 }
-static_assert(every_bin_has_at_most_one_threshold(), "choose another kBinsPerUnit");
+static_assert(bins_are_exact(), "choose another kBinsPerUnit");
 
 struct BinTables {
     alignas(64) float threshold[32];  // the bin's own threshold; without one, a value that nothing exceeds
@@ -47,14 +46,14 @@ struct BinTables {
         }
     }
 };
-constexpr BinTables kBins;
+constexpr BinTables kNF4Bins;
 
 inline __m512i nf4_encode16(__m512 v) {
     const __m512i bin = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(kBinsPerUnit)));
-    const __m512 threshold = _mm512_permutex2var_ps(_mm512_load_ps(kBins.threshold), bin,
-                                                    _mm512_load_ps(kBins.threshold + 16));
-    const __m512i base = _mm512_permutex2var_epi32(_mm512_load_si512(kBins.base), bin,
-                                                   _mm512_load_si512(kBins.base + 16));
+    const __m512 threshold = _mm512_permutex2var_ps(_mm512_load_ps(kNF4Bins.threshold), bin,
+                                                    _mm512_load_ps(kNF4Bins.threshold + 16));
+    const __m512i base = _mm512_permutex2var_epi32(_mm512_load_si512(kNF4Bins.base), bin,
+                                                   _mm512_load_si512(kNF4Bins.base + 16));
     const __mmask16 above = _mm512_cmp_ps_mask(v, threshold, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
 }
@@ -142,7 +141,6 @@ struct Avx512 {
     }
 
     static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes);
-    static void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out);
 };
 
 template <>
@@ -172,15 +170,13 @@ void Avx512::decode32<float>(const Table<float>& table, const uint8_t* packed, f
 }
 
 void Avx512::encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
-    const __m512 one = _mm512_set1_ps(1.0f), minus_one = _mm512_set1_ps(-1.0f);
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN), one = _mm512_set1_epi32(kOneBits);
     for (int64_t i = 0; i < n; i += 16) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale));
-        // This order of operands turns a NaN into 1, which stays inside the bins.
-        const __m512 v = _mm512_max_ps(_mm512_min_ps(scaled, one), minus_one);
-        const __m512i bits = _mm512_castps_si512(v);
-        const __m512i key = _mm512_srli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)), 16);
-        const __m512i first = _mm512_set1_epi32(search.kFirstKey);
-        __m512i bin = _mm512_sub_epi32(_mm512_max_epi32(key, first), first);
+        const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)));
+        const __m512i magnitude = _mm512_min_epu32(_mm512_andnot_si512(sign, bits), one);
+        const __m512 v = _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(sign, bits), magnitude));
+        const __m512i key = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(search.kFirstKey));
+        __m512i bin = _mm512_max_epi32(key, _mm512_setzero_si512());
         bin = _mm512_mask_add_epi32(bin, _mm512_movepi32_mask(bits), bin, _mm512_set1_epi32(search.kBins));
         __m512i code = _mm512_and_si512(_mm512_i32gather_epi32(bin, search.start, 1), _mm512_set1_epi32(255));
         for (int step = 0; step < search.most_steps; ++step) {
@@ -192,17 +188,9 @@ void Avx512::encode8(const float* x, int64_t n, float scale, const Blockwise8Sea
     }
 }
 
-void Avx512::decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out) {
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-        const __m512 value = _mm512_i32gather_ps(code, map, 4);
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_set1_ps(absmax)));
-    }
-}
-
 }  // namespace
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
-                                blockwise8_dequantize<Avx512>};
+                                blockwise8_dequantize};
 
 }  // namespace lora_ops

@@ -3,18 +3,21 @@
 // Vec supplies the parts that differ, on n elements, n a multiple of 32:
 //   uint32_t max_abs_bits<float>(const float* x, int64_t n)
 //   void encode8(const float* x, int64_t n, float scale, const Blockwise8Search&, uint8_t* codes)
-//   void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out)
 
 namespace lora_ops {
 namespace {
 
-inline uint8_t blockwise8_encode(float v, const Blockwise8Search& search) {
-    const float clamped = v > 1.0f ? 1.0f : v < -1.0f ? -1.0f : v;
-    // A NaN (the caller reports it) would index past the bins.
-    const int key = clamped == clamped ? static_cast<int>(abs_bits(clamped) >> 16) : 0;
-    const int bin = key > search.kFirstKey ? key - search.kFirstKey : 0;
-    int code = search.start[float_bits(clamped) >> 31 ? search.kBins + bin : bin];
-    while (clamped > search.threshold[code]) ++code;
+constexpr uint32_t kOneBits = 0x3f800000u;
+
+inline uint8_t blockwise8_encode(float x, const Blockwise8Search& search) {
+    // Clamped to [-1, 1] as bits, which keeps even a NaN (the caller reports it) inside the bins.
+    const uint32_t magnitude = abs_bits(x) < kOneBits ? abs_bits(x) : kOneBits;
+    const uint32_t sign = float_bits(x) >> 31;
+    const float v = bits_float(sign << 31 | magnitude);
+    const int key = static_cast<int>(magnitude >> 16) - search.kFirstKey;
+    int code = search.start[static_cast<int>(sign) * search.kBins + (key > 0 ? key : 0)];
+    // No early exit: it would be a branch that the processor cannot predict.
+    for (int step = 0; step < search.most_steps; ++step) code += v > search.threshold[code];
     return static_cast<uint8_t>(code);
 }
 
@@ -45,14 +48,12 @@ bool blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const Bl
     return largest < kInfBits<float>;
 }
 
-template <class Vec>
-void blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size, const float* map,
-                           float* out) {
+// The same for every instruction set: a gather is no faster than 16 loads (measured on Zen 5: 0.35 ns a value both).
+inline void blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
+                                  const float* map, float* out) {
     for (int64_t begin = 0; begin < n; begin += block_size, ++absmax) {
-        const int64_t size = n - begin < block_size ? n - begin : block_size;
-        const int64_t vector_end = size / 32 * 32;
-        Vec::decode8(codes + begin, vector_end, *absmax, map, out + begin);
-        for (int64_t i = begin + vector_end; i < begin + size; ++i) out[i] = map[codes[i]] * *absmax;
+        const int64_t end = n - begin < block_size ? n : begin + block_size;
+        for (int64_t i = begin; i < end; ++i) out[i] = map[codes[i]] * *absmax;
     }
 }
 

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "nf4_table.h"
+#include "scalar.h"
 
 #if defined(LORA_OPS_X86)
 #include <cpuid.h>
@@ -87,20 +88,18 @@ Blockwise8Search make_search(const float* map) {
     }
     search.threshold[255] = INFINITY;
 
-    const auto magnitude = [](int bin) {  // least |v| of a bin above the first
-        return ldexpf(static_cast<float>(128 + bin % 128), -23 - 7 + bin / 128);
+    // One sweep over the bins from -1 to 1; below counts the thresholds under a rising v.
+    int below = 0;
+    const auto fill = [&](uint8_t& start, float least, float most) {
+        while (search.threshold[below] < least) ++below;
+        start = static_cast<uint8_t>(below);
+        while (search.threshold[below] < most) ++below;
+        search.most_steps = std::max(search.most_steps, below - start);
     };
-    const auto count_below = [&search](float v) {
-        return static_cast<int>(std::lower_bound(search.threshold, search.threshold + 255, v) - search.threshold);
-    };
-    for (int bin = 0; bin < search.kBins; ++bin) {
-        const float least = bin ? magnitude(bin) : 0.0f;
-        const float most = nextafterf(magnitude(bin + 1), 0.0f);
-        const int positive = count_below(least), negative = count_below(-most);
-        search.start[bin] = static_cast<uint8_t>(positive);
-        search.start[search.kBins + bin] = static_cast<uint8_t>(negative);
-        search.most_steps = std::max({search.most_steps, count_below(most) - positive, count_below(-least) - negative});
-    }
+    const auto least = [](int bin) { return bits_float(bin ? uint32_t(Blockwise8Search::kFirstKey + bin) << 16 : 0); };
+    const auto most = [](int bin) { return bits_float((uint32_t(Blockwise8Search::kFirstKey + bin + 1) << 16) - 1); };
+    for (int bin = search.kBins - 1; bin >= 0; --bin) fill(search.start[search.kBins + bin], -most(bin), -least(bin));
+    for (int bin = 0; bin < search.kBins; ++bin) fill(search.start[bin], least(bin), most(bin));
     return search;
 }
 

@@ -45,15 +45,11 @@ struct Portable {
     static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
         for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, search);
     }
-
-    static void decode8(const uint8_t* codes, int64_t n, float absmax, const float* map, float* out) {
-        for (int64_t i = 0; i < n; ++i) out[i] = map[codes[i]] * absmax;
-    }
 };
 
 }  // namespace
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
-                                  blockwise8_quantize<Portable>, blockwise8_dequantize<Portable>};
+                                  blockwise8_quantize<Portable>, blockwise8_dequantize};
 
 }  // namespace lora_ops

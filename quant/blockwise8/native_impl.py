@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lora_ops.quant.blockwise8.reference import dynamic_map
 
 
 def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """codes uint8 of x.shape and absmax fp32 [ceil(n / block_size)]."""
+    """Quantize x to codes uint8 of x.shape and absmax fp32 [ceil(n / block_size)]."""
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32)
@@ -21,21 +22,17 @@ def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tenso
 
 
 def dequantize_blockwise8(codes: Tensor, absmax: Tensor, block_size: int, signed: bool) -> Tensor:
-    """map[code] · absmax of its block, float32 of codes.shape."""
+    """Decode: map[code] · absmax of its block, float32 of codes.shape."""
     codes, absmax = codes.contiguous(), absmax.contiguous()
     out = torch.empty(codes.shape, dtype=torch.float32)
     _native.blockwise8_dequantize(codes, absmax, block_size, dynamic_map(signed), out)
     return out
 
 
-def declines(op: str, *args: object) -> str | None:
+def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    lead = args[0]
-    assert isinstance(lead, Tensor)
     if lead.device.type != "cpu":
         return f"native kernels run on cpu, not on {lead.device.type}"
-    if lead.dtype not in (torch.float32, torch.uint8):
-        return f"native blockwise8 kernels have no {str(lead.dtype).removeprefix('torch.')}"
     return _native.unavailable_reason()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_ops import _native
+from lora_ops._checks import dtype_name
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
 
@@ -17,13 +19,13 @@ def weight_of(q: NF4Tensor) -> _native.NF4Weight:
     """The C view of `q`, valid while q lives."""
     if q.nested_absmax is None or q.nested_offset is None:
         return _native.nf4_weight(q.packed, q.absmax, q.block_size)
-    return _native.nf4_weight(
-        q.packed, q.absmax, q.block_size, q.nested_absmax, float(q.nested_offset), dynamic_map(signed=True)
+    return _native.nested_nf4_weight(
+        q.packed, q.absmax, dynamic_map(signed=True), q.nested_absmax, float(q.nested_offset), q.block_size
     )
 
 
 def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """packed uint8 [(n + 1) // 2, 1] and absmax fp32 [ceil(n / block_size)]."""
+    """Quantize w to packed uint8 [(n + 1) // 2, 1] and absmax fp32 [ceil(n / block_size)]."""
     w = w.contiguous()
     n = w.numel()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
@@ -52,21 +54,14 @@ def decode_rows(q: NF4Tensor, begin_row: int, end_row: int, out: Tensor) -> Tens
     return out
 
 
-def declines(op: str, *args: object) -> str | None:
+def declines(op: str, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if op == "quantize_nf4":
-        w = args[0]
-        assert isinstance(w, Tensor)
-        device, dtype = w.device, w.dtype
-    else:
-        q, target = args[0], args[1]
-        assert isinstance(q, NF4Tensor)
-        device = q.device
-        dtype = target.dtype if isinstance(target, Tensor) else target
-    if device.type != "cpu":
-        return f"native kernels run on cpu, not on {device.type}"
+    operand, target = args[0], args[0] if op == "quantize_nf4" else args[1]
+    dtype = target if isinstance(target, torch.dtype) else target.dtype
+    if operand.device.type != "cpu":
+        return f"native kernels run on cpu, not on {operand.device.type}"
     if dtype not in _native.FLOAT_DTYPES:
-        return f"native NF4 kernels have no {str(dtype).removeprefix('torch.')}"
+        return f"native NF4 kernels have no {dtype_name(dtype)}"
     return _native.unavailable_reason()
 
 

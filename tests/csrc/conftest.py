@@ -1,0 +1,33 @@
+"""Fixtures for the tests of the native library, which is called directly through lora_ops._native."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_ops import _native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_library() -> None:
+    """Skip, and say what to do, where the library was not built."""
+    if reason := _native.unavailable_reason():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", params=list(_native.ISAS))
+def isa(request: pytest.FixtureRequest, native_library: None) -> Iterator[str]:
+    """Each instruction set in turn, forced."""
+    if request.param not in _native.supported_isas():
+        pytest.skip(f"this machine has no {request.param}; run on one that has it")
+    with _native.force_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let torch, and so the library, use two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
