@@ -324,7 +324,7 @@ def assert_right(inputs: LinearInputs, got: Results) -> None:
 def codec_weight(
     *shape: int, dtype: torch.dtype = torch.float32, ill_scaled: bool = False, seed: int = 0, device: str = "cpu"
 ) -> Tensor:
-    """A weight to quantize: normal as trained weights are; ill-scaled: runs of 64 differ by up to 2^8, some are zero."""
+    """A weight to quantize: normal as trained weights are; ill-scaled: runs of 64 differ by up to 2^8, some are 0."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(math.prod(shape), generator=g) * 0.02
     if ill_scaled:
@@ -350,9 +350,7 @@ def wrong_quantization(w: Tensor, q: NF4Tensor) -> str | None:
         limit = nested * gap / 2 * 1.001 + 4 * torch.finfo(torch.float32).eps * absmax.max()
         off = (exact_absmax(q).double() - absmax).abs() > limit
         if bool(off.any()):
-            return (
-                f"{int(off.sum())} of {absmax.numel()} double-quantized absmax values are off by more than half a gap"
-            )
+            return f"{int(off.sum())} of {absmax.numel()} double-quantized absmax are off by more than half a gap"
     pairs = q.packed.view(-1).int()
     codes = torch.stack([pairs // 16, pairs % 16], dim=1).view(-1)[: flat.numel()]
     code = torch.tensor(NF4_CODE, dtype=torch.float64, device=w.device)

@@ -95,7 +95,7 @@ def compare(got: Tensor, torch_own: Tensor, truth: Truth, *, terms: int = 1, sam
     """
     if got.shape != truth.value.shape or torch_own.shape != truth.value.shape:
         return _failed(
-            f"shape {tuple(got.shape)}, expected {tuple(truth.value.shape)} (torch: {tuple(torch_own.shape)})"
+            f"shape {tuple(got.shape)}, expected {tuple(truth.value.shape)}, torch has {tuple(torch_own.shape)}"
         )
     if got.numel() == 0:
         return Error(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None)
@@ -117,8 +117,9 @@ def compare(got: Tensor, torch_own: Tensor, truth: Truth, *, terms: int = 1, sam
         wrong = f"RMS error {rms:.3e} of the magnitude, allowed {limit_rms:.3e} (torch's own {_rms(own):.3e})"
     elif maximum > limit_max:
         at = tuple(int(i) for i in torch.unravel_index(e.argmax(), e.shape))
+        own_max = float(own.max())
         wrong = (
-            f"error {maximum:.3e} of the magnitude at {at}, allowed {limit_max:.3e} (torch's own {float(own.max()):.3e}); "
+            f"error {maximum:.3e} of the magnitude at {at}, allowed {limit_max:.3e} (torch's own {own_max:.3e}); "
             f"got {float(got[at]):.6g}, truth {float(truth.value[at]):.6g}"
         )
     return Error(rms, maximum, _rms(own), float(own.max()), limit_rms, limit_max, wrong)
