@@ -45,8 +45,10 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.unlink(missing_ok=True)  # a failed build must not ship the library of an earlier one
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)))
+            self._build(library)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = f"lora_ops: the native CPU backend was not built: {error}"
             if os.environ.get("LORA_OPS_REQUIRE_NATIVE") == "1":
@@ -73,10 +75,7 @@ class BuildNative(build_ext):
             isa_flags = X86_SOURCES.get(source.name, [])
             self._run([*compiler, *flags, *openmp, *user_flags, *isa_flags, "-c", str(source), "-o", objects[-1]])
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
-        # Linked beside and renamed, so that a process that has the old library mapped keeps it whole.
-        fresh = library.with_suffix(".so.new")
-        self._run([*compiler, "-shared", "-o", str(fresh), *objects, *openmp, *link_flags])
-        os.replace(fresh, library)
+        self._run([*compiler, "-shared", "-o", str(library), *objects, *openmp, *link_flags])
 
     def _openmp(self, compiler: list[str]) -> list[str]:
         probe = [*compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]

@@ -52,7 +52,7 @@ def quantize_exactly(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         scales.append(absmax)
         codes[begin : begin + block.size] = (v[:, None] > THRESHOLDS).sum(axis=1)
     packed = torch.from_numpy(codes[0::2] << 4 | codes[1::2]).view(-1, 1)
-    return packed, torch.from_numpy(np.array(scales, dtype=np.float32))
+    return packed, torch.tensor([float(s) for s in scales])
 
 
 def dequantize_exactly(packed: Tensor, absmax: Tensor, block_size: int, n: int, dtype: torch.dtype) -> Tensor:
