@@ -38,12 +38,13 @@ bool blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const Bl
         codes += block_size;
         ++absmax;
     }
-    if (n > 0) {  // as in NF4, the partial block divides by the clamped absmax, and stores it
+    if (n > 0) {  // as in NF4, the partial block divides
         uint32_t bits = 0;
         for (int64_t i = 0; i < n; ++i) bits = bits < abs_bits(x[i]) ? abs_bits(x[i]) : bits;
         largest = largest < bits ? bits : largest;
-        *absmax = at_least(bits_float(bits), kLeastAbsmax);
-        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] / *absmax, search);
+        *absmax = bits_float(bits);
+        const float divisor = at_least(*absmax, kLeastAbsmax);
+        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] / divisor, search);
     }
     return largest < kInfBits<float>;
 }

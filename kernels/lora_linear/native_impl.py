@@ -1,7 +1,7 @@
 """Linear layer with a low-rank update on the CPU: base products by torch's GEMM, the low-rank terms in float32 by rows.
 
-The formulas are those of reference.py. The base product runs in the activations' dtype (float32 accumulation inside), so
-that 16-bit activations use the machine's 16-bit instructions; y is rounded once more when the low-rank term is
+The formulas are those of reference.py. The base product runs in the activations' dtype (float32 accumulation inside),
+so that 16-bit activations use the machine's 16-bit instructions; y is rounded once more when the low-rank term is
 added.
 """
 

@@ -69,4 +69,4 @@ def dropout_mask(rows: slice, k: int, p: float, seed: Tensor, offset: int = 0) -
     c0, c1 = torch.broadcast_tensors(c0, c1)
     words = philox_4x32(c0, c1, torch.full_like(c0, offset), torch.zeros_like(c0), seed)
     lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=-1)  # [rows, ceil(K / 8), 8]
-    return (lanes >= threshold(p)).reshape(c0.shape[0], -1)[:, :k]
+    return (lanes >= threshold(p)).flatten(1)[:, :k]

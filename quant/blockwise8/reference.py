@@ -55,9 +55,9 @@ def scaled(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = full.abs().amax(dim=1)
     v = (full * (1.0 / absmax.clamp(min=MIN_ABSMAX))[:, None]).view(-1)
     if n_full < x.numel():
-        tail_absmax = x[n_full:].abs().amax().clamp(min=MIN_ABSMAX)
+        tail_absmax = x[n_full:].abs().amax()
         absmax = torch.cat([absmax, tail_absmax[None]])
-        v = torch.cat([v, x[n_full:] / tail_absmax])
+        v = torch.cat([v, x[n_full:] / tail_absmax.clamp(min=MIN_ABSMAX)])
     return v.clamp(-1, 1), absmax
 
 

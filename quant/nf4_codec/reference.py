@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_ops.quant.blockwise8.reference import dequantize_blockwise8, scaled
+from lora_ops.quant.blockwise8.reference import MIN_ABSMAX, dequantize_blockwise8, scaled
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, nf4_code, nf4_thresholds
 
 CHUNK = 1 << 20  # elements decoded or encoded at a time, a multiple of every block size: bounds the temporaries
@@ -28,6 +28,8 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             v = torch.cat([v, v.new_zeros(1)])  # the padding nibble codes zero
         codes = torch.bucketize(v, thresholds, out_int32=True).to(torch.uint8)
         packed[begin // 2 : (end + 1) // 2, 0] = codes[0::2] << 4 | codes[1::2]
+    if n % block_size:
+        absmax[-1].clamp_(min=MIN_ABSMAX)  # as bitsandbytes stores it for a partial block, and only there
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError("w: expected finite values, got inf or NaN")
     return packed, absmax

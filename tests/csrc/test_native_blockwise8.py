@@ -24,7 +24,7 @@ def scaled(x: Tensor, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         least = absmax.clamp(min=1e-38)
         full = block.numel() == block_size
         values.append((block * (1.0 / least) if full else block / least).clamp(-1, 1))
-        scales.append(absmax if full else least)
+        scales.append(absmax)
     return torch.cat(values).numpy(), torch.stack(scales).numpy()
 
 

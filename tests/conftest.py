@@ -1,0 +1,32 @@
+"""What every test shares: seeds, backends and hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+import lora_ops
+from lora_ops import _native
+
+# No deadline: the first example pays for imports and code generation. Examples derive from the test, so CI repeats.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every backend that this machine has."""
+    if request.param == "native" and (reason := _native.unavailable_reason()):
+        pytest.skip(f"native backend: {reason}")
+    with lora_ops.use_backend(request.param):
+        yield request.param

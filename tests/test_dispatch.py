@@ -1,0 +1,117 @@
+"""Backends: the choice, the reasons, the trace."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_ops
+from lora_ops import _dispatch, _native
+from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+
+
+@pytest.fixture
+def q() -> lora_ops.NF4Tensor:
+    return quantize_nf4(torch.randn(8, 16))
+
+
+def test_trace_tells_backend_dtype_and_count(q: lora_ops.NF4Tensor) -> None:
+    x = torch.randn(3, 16, dtype=torch.bfloat16, requires_grad=True)
+    with lora_ops.use_backend("reference"), lora_ops.trace() as outer:
+        nf4_linear(x, q)
+        with lora_ops.trace() as inner:
+            nf4_linear(x, q).sum().backward()
+    assert [(c.op, c.backend, c.dtype, c.shape) for c in inner.calls] == [
+        ("nf4_linear", "reference", "bfloat16", (3, 16)),
+        ("nf4_linear_dx", "reference", "bfloat16", (3, 8)),
+    ]
+    assert outer.summary()[0] == {
+        "op": "nf4_linear", "backend": "reference", "device": "cpu", "dtype": "bfloat16", "reason": "asked for", "count": 2,
+    }  # fmt: skip
+    assert outer.backends("nf4_linear_dx") == {"reference"}
+    assert "nf4_linear_dx" in str(outer)
+    assert str(lora_ops.Trace()) == "no lora_ops op was called"
+
+
+def test_needless_gradients_are_not_computed(q: lora_ops.NF4Tensor) -> None:
+    x, bias = torch.randn(3, 16), torch.randn(8, requires_grad=True)
+    with lora_ops.trace() as t:
+        nf4_linear(x, q, bias).sum().backward()
+    assert [c.op for c in t.calls] == ["nf4_linear"]
+    assert torch.equal(bias.grad, torch.full((8,), 3.0))
+
+
+def test_auto_prefers_native(q: lora_ops.NF4Tensor) -> None:
+    if reason := _native.unavailable_reason():
+        pytest.skip(f"native backend: {reason}")
+    with lora_ops.trace() as t:
+        dequantize_nf4(q)
+    assert t.backends() == {"native"}
+
+
+def test_asked_for_by_name_and_not_served_raises(q: lora_ops.NF4Tensor) -> None:
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with lora_ops.use_backend("native"), pytest.raises(lora_ops.BackendError, match=r"'native' was asked for.*float64"):
+        nf4_linear(x, q)
+    with lora_ops.use_backend("cuda"), pytest.raises(lora_ops.BackendError, match="nf4_linear has no cuda kernel"):
+        nf4_linear(x, q)
+
+
+def test_declining_is_told_once(q: lora_ops.NF4Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    _dispatch._told.clear()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, logger="lora_ops"), lora_ops.trace() as t:
+        nf4_linear(x, q)
+        nf4_linear(x, q)
+    assert len(caplog.records) == 1
+    assert "nf4_linear: the native backend declined" in caplog.text
+    assert t.calls[0].backend == "reference"
+    assert t.calls[0].reason.startswith("native: ")
+
+
+def test_unknown_backend() -> None:
+    with (
+        pytest.raises(ValueError, match=r"use_backend: expected one of .*, auto, got 'metal'"),
+        lora_ops.use_backend("metal"),
+    ):
+        pass
+
+
+def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_OPS_BACKEND", "reference")
+    with lora_ops.trace() as t:
+        dequantize_nf4(q)
+    assert t.backends() == {"reference"}
+    with lora_ops.use_backend("auto"), lora_ops.trace() as t:
+        dequantize_nf4(q)
+    assert t.backends() == {"native" if _native.available() else "reference"}
+    monkeypatch.setenv("LORA_OPS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LORA_OPS_BACKEND: expected one of"):
+        dequantize_nf4(q)
+
+
+def test_double_backward_is_an_error(q: lora_ops.NF4Tensor) -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    a, b = torch.randn(4, 16, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    for y in (nf4_linear(x, q), lora_linear(x, q, a, b, scale=1.0)):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="double backward"):
+            dx.sum().backward()
+
+
+def test_without_a_native_library_everything_works_and_says_so() -> None:
+    """A fresh process whose library is missing: the reference serves, with a warning that names the cost's remedy."""
+    code = (
+        "import pathlib, lora_ops._native as n; n.LIBRARY_PATH = pathlib.Path('missing.so')\n"
+        "import torch, lora_ops\n"
+        "from lora_ops.functional import quantize_nf4\n"
+        "with lora_ops.trace() as t: quantize_nf4(torch.randn(64))\n"
+        "print(t.backends())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'reference'}"
+    assert "native library was not built" in done.stderr
