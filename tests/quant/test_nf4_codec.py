@@ -106,7 +106,8 @@ class TestAgainstBitsandbytes:
         chosen = distance.gather(1, q.absmax.long()[:, None])[:, 0]
         # One float32 rounding of the quotient may move a value across a midpoint that lies closer than that.
         assert bool((chosen <= distance.amin(1) + 2**-23).all())
-        assert (q.absmax.int() - state.absmax.int()).abs().max() <= 1
+        if absmax.numel() > 1:  # the wheel codes 0 / 0, the deviation of a single block from its own mean, as -1
+            assert (q.absmax.int() - state.absmax.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
