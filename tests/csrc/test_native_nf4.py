@@ -145,6 +145,22 @@ def test_quantize_equals_bitsandbytes(isa: str, case: tuple) -> None:
     assert_same_bytes(absmax, state.absmax)
 
 
+def test_full_blocks_multiply_and_partial_ones_divide(isa: str) -> None:
+    """Values whose code depends on it: thresholds times absmax, and their fp32 neighbours."""
+    t, inf = torch.from_numpy(THRESHOLDS), torch.tensor(torch.inf)
+    codes_that_differ = 0
+    for absmax in torch.linspace(1, 2, 60)[1:]:
+        near = torch.cat([t * absmax, (t * absmax).nextafter(inf), (t * absmax).nextafter(-inf)])
+        partial = torch.cat([absmax.view(1), near])
+        full = torch.cat([partial, torch.zeros(64 - partial.numel())])
+        for w in (partial, full):
+            for actual, expected in zip(quantize(w, 64), quantize_exactly(w, 64), strict=True):
+                assert_same_bytes(actual, expected)
+        same = quantize(partial, 64)[0] == quantize(full, 64)[0][: partial.numel() // 2]
+        codes_that_differ += int((~same).sum())
+    assert codes_that_differ > 0  # or the values above would prove nothing
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("absmax", [1.0, 3.0, 0.0123])
 def test_quantize_every_16_bit_value(isa: str, dtype: torch.dtype, absmax: float) -> None:
