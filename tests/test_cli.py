@@ -1,0 +1,34 @@
+"""`lora-ops doctor` tells what is missing and what it costs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from lora_ops import _native, cli
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "reference" in out
+    assert ("ok       native" in out) == _native.available()
+
+
+def test_doctor_names_what_is_missing_and_the_cost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    monkeypatch.setattr(_native, "_load", lambda: _native.NativeError("the native library was not built"))
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "missing  native     the native library was not built" in out
+    assert "costs: CPU ops fall back to plain PyTorch" in out
+    assert "without peft: pip install 'lora_ops[train]'" in out
+
+
+def test_usage() -> None:
+    with pytest.raises(SystemExit):
+        cli.main([])
