@@ -73,8 +73,8 @@ def _open(path: Path) -> ctypes.CDLL:
         lib.lora_ops_nf4_code.restype = POINTER(c_float * 16)
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path.name} cannot be loaded ({error}): {BUILD_HINT}") from error
-    if name := os.environ.get("LORA_OPS_ISA"):
-        _force(lib, name)
+    if forced := os.environ.get("LORA_OPS_ISA"):
+        _force(lib, forced)
     return lib
 
 
