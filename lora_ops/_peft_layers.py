@@ -6,7 +6,6 @@ optimizer references stay what they are, and `eject` assigns it back. Whatever i
 
 from __future__ import annotations
 
-import functools
 import logging
 import warnings
 from typing import Any
@@ -90,7 +89,8 @@ def _why_not_this_call(layer: LoraLayer, x: Tensor, args: tuple[Any, ...], kwarg
         return f"the call has arguments beside x: {', '.join(kwargs) or len(args)}"
     if not x.dtype.is_floating_point:
         return f"x: expected a floating dtype, got {dtype_name(x.dtype)}"
-    if torch.is_autocast_enabled(x.device.type):
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return None
     (name,) = active_adapters(layer)
     base = layer.base_layer
@@ -102,27 +102,31 @@ def _why_not_this_call(layer: LoraLayer, x: Tensor, args: tuple[Any, ...], kwarg
     return None
 
 
-@functools.cache
+_told: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # called while tracing, so that it breaks no graph
 def _tell_once(reason: str) -> None:
-    logger.warning("a LoRA layer runs PEFT's math instead of lora_linear: %s", reason)
-
-
-# Under torch.compile the call is made while tracing, and leaves no graph break.
-_tell = torch.compiler.assume_constant_result(_tell_once)
+    if reason not in _told:
+        _told.add(reason)
+        logger.warning("a LoRA layer runs PEFT's math instead of lora_linear: %s", reason)
 
 
 class LoraLinear(lora.Linear):
     """PEFT's LoRA layer over nn.Linear or Conv1D, on `lora_linear`."""
 
+    unfused_call: str | None = None  # why the last call ran PEFT's math, if the layer's state does not tell
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = why_not_fused(self)
         if reason is None:
             reason = _why_not_this_call(self, x, args, kwargs)
+            if self.unfused_call != reason:
+                self.unfused_call = reason
             if reason is None:
                 return self._fused(x)
-            self.__dict__["unfused_call"] = reason
         if not self.disable_adapters and not self.merged:  # else no adapter is to be fused
-            _tell(reason)
+            _tell_once(reason)
         return super().forward(x, *args, **kwargs)
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -150,7 +154,7 @@ class LoraLinear(lora.Linear):
 class LoraNF4Linear(LoraLinear):
     """PEFT's LoRA layer over NF4Linear, on `lora_linear`; merges by quantizing anew and unmerges to the same bytes."""
 
-    # The weight and bias as they were before `merge`. Class attribute: a layer that `inject` adopts has none of its own.
+    # The weight and bias before `merge`. A class attribute: a layer that `inject` adopts has none of its own.
     _unmerged: tuple[NF4Tensor, Tensor | None] | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -163,7 +167,7 @@ class LoraNF4Linear(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base's weight: W ← quantize(dequantize(W) + Σ scale · B A), rounded once for all adapters.
+        """Add adapters to the base's weight: W ← quantize(dequantize(W) + Σ scale · B A), rounded once for them all.
 
         Args:
             safe_merge: as in PEFT; a sum that is not finite is refused either way, since NF4 cannot hold it.
@@ -178,12 +182,12 @@ class LoraNF4Linear(LoraLinear):
             return
         base: NF4Linear = self.get_base_layer()
         original, original_bias = self._unmerged or (base.quantized, None if base.bias is None else base.bias.data)
-        delta, bias = 0, original_bias
+        delta, bias = torch.zeros(original.shape, device=original.device), original_bias
         for name in [*self.merged_adapters, *names]:
             adapter = self.get_delta_weight(name).float()
             if not bool(torch.isfinite(adapter).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            delta = delta + adapter
+            delta += adapter
             if self.lora_bias.get(name, False):
                 if bias is None:
                     raise RuntimeError(
@@ -211,20 +215,31 @@ class LoraNF4Linear(LoraLinear):
         self._unmerged = None
 
 
-def check_nf4_config(config: Any) -> None:
-    """Raise ValueError unless an adapter of this LoraConfig can stand on an NF4 base: plain LoRA, drawn at random."""
-    variants = [
-        name
-        for name in ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config",
-                     "monteclora_config", "kasa_config")
-        if getattr(config, name, None)
-    ]  # fmt: skip
-    if variants:
-        raise ValueError(f"{variants[0]}: an NF4 base layer takes plain LoRA adapters only, got {variants[0]}")
-    if config.init_lora_weights not in (True, False, "gaussian"):
+_VARIANTS = (
+    "use_dora",
+    "arrow_config",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+
+
+def check_nf4_config(config: Any, *, initialized: bool = False) -> None:
+    """Raise ValueError unless an adapter of this LoraConfig can stand on an NF4 base.
+
+    Args:
+        config: the adapter's.
+        initialized: whether the adapter is drawn already, from the dense weight.
+    """
+    if variants := [name for name in _VARIANTS if getattr(config, name, None)]:
+        raise ValueError(f"{variants[0]}: an NF4 base layer takes plain LoRA adapters only")
+    inits = (True, False, "gaussian")
+    if config.init_lora_weights == "mica" or (not initialized and config.init_lora_weights not in inits):
         raise ValueError(
-            "init_lora_weights: expected True, False or 'gaussian' over an NF4 base layer (others read or change the "
-            f"dense weight), got {config.init_lora_weights!r}"
+            "init_lora_weights: expected True, False or 'gaussian' over an NF4 base layer (others are variants or need "
+            f"the dense weight), got {config.init_lora_weights!r}"
         )
 
 
@@ -265,5 +280,5 @@ def abandon(layer: nn.Module) -> None:
     """Make a layer of ours PEFT's again, in place."""
     if isinstance(layer, LoraLinear):
         layer.__class__ = lora.Linear
-        layer.__dict__.pop("unfused_call", None)
-        layer.__dict__.pop("_unmerged", None)
+        for name in ("unfused_call", "_unmerged"):
+            layer.__dict__.pop(name, None)

@@ -39,7 +39,7 @@ class LayerReport:
     Attributes:
         name: of the module in the model.
         kind: class of the layer that holds the weight.
-        fused: whether the forward runs lora_ops' op.
+        fused: whether the forward runs lora_ops' op, by the layer's state and its last call.
         backend: which backend serves the op for one row of activations in the weight's dtype, "" if not fused.
         reason: why it is not fused, or why a preferred backend declines; "" if neither.
         weight_format: "dense bfloat16", "nf4", or the class of another library's weight.
@@ -64,13 +64,10 @@ class InjectionReport(list[LayerReport]):
     def __str__(self) -> str:
         if not self:
             return "no LoRA or NF4 layer in this model"
-        header = ("layer", "kind", "fused", "backend", "weight", "reason")
-        rows = [
-            (row.name, row.kind, "yes" if row.fused else "no", row.backend, row.weight_format, row.reason)
-            for row in self
-        ]
-        widths = [max(len(cells[i]) for cells in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in [header, *rows]]
+        table = [("layer", "kind", "fused", "backend", "weight", "reason")]
+        table += [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.weight_format, r.reason) for r in self]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         return "\n".join([*lines, f"{len(self) - len(self.unfused)} of {len(self)} layers fused"])
 
 
@@ -85,7 +82,7 @@ def inject(
     strict: bool = False,
     **lora_config_kwargs: Any,
 ) -> PeftModel:
-    """Put LoRA adapters into a model and run them, forward and backward, on `lora_linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
+    """Put LoRA adapters into a model and run them on `lora_linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
 
     A plain model becomes a PeftModel with one new adapter; its base is frozen and its linear layers are replaced in
     place. In a PeftModel the LoRA layers that it has are swapped in place: names, Parameters, hooks and optimizer
@@ -135,7 +132,9 @@ def inject(
             raise ValueError(f"model: expected a PeftModel with LoRA adapters, got {type(model.base_model).__name__}")
         if quantize == "nf4":
             for config in model.peft_config.values():
-                _peft_layers.check_nf4_config(config)
+                _peft_layers.check_nf4_config(config, initialized=True)
+            if merged := [name for name, layer in _lora_layers(model) if layer.merged]:
+                raise ValueError(f"quantize: {merged[0]} has merged adapters; unmerge them first")
         if strict:
             _check_all_fusable(model, quantize)
     else:
@@ -145,8 +144,9 @@ def inject(
                 "without a PeftModel around them"
             )
         config = _lora_config(model, options, lora_config_kwargs)
-        if quantize == "nf4" or any(isinstance(m, NF4Linear) for m in model.modules()):
-            _peft_layers.check_nf4_config(config)
+        has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
+        if has_nf4 or quantize == "nf4":
+            _peft_layers.check_nf4_config(config, initialized=not has_nf4)
         peft_model = peft.get_peft_model(model, config)
         if strict:
             try:
@@ -222,14 +222,13 @@ def injection_report(model: nn.Module) -> InjectionReport:
     return report
 
 
-def _row(name: str, module: nn.Module) -> LayerReport | None:
+def _row(name: str, module: Any) -> LayerReport | None:
     if isinstance(module, NF4Linear):
-        backend, reason = _backend(module, None, None)
-        return LayerReport(name, "NF4Linear", bool(backend), backend, reason, "nf4")
+        return LayerReport(name, "NF4Linear", *_backend(module, None, None), "nf4")
     if isinstance(module, LoRALinear):
         base = module.base_layer
-        backend, reason = _backend(base, module.lora_A.weight, module.lora_B.weight)
-        return LayerReport(name, "LoRALinear", bool(backend), backend, reason, _weight_format(base))
+        served = _backend(base, module.lora_A.weight, module.lora_B.weight)
+        return LayerReport(name, "LoRALinear", *served, _weight_format(base))
     # A model without PEFT's layers is reported without importing PEFT.
     if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
         return None
@@ -237,14 +236,14 @@ def _row(name: str, module: nn.Module) -> LayerReport | None:
 
     base = module.get_base_layer()
     kind, weight_format = type(base).__name__, _weight_format(base)
-    reason = _peft_layers.why_not_fused(module) or module.__dict__.get("unfused_call")
+    reason = _peft_layers.why_not_fused(module) or getattr(module, "unfused_call", None)
     if reason is None and not isinstance(module, _peft_layers.LoraLinear):
         reason = "PEFT's own layer: call lora_ops.inject(model)"
     if reason is not None:
         return LayerReport(name, kind, False, "", reason, weight_format)
     (adapter,) = _peft_layers.active_adapters(module)
-    backend, reason = _backend(base, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-    return LayerReport(name, kind, bool(backend), backend, reason, weight_format)
+    served = _backend(base, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+    return LayerReport(name, kind, *served, weight_format)
 
 
 def _weight_format(base: nn.Module) -> str:
@@ -257,8 +256,8 @@ def _weight_format(base: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _backend(base: nn.Module, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[str, str]:
-    """The backend that serves one row of activations in the weight's dtype, and why a preferred one does not."""
+def _backend(base: Any, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[bool, str, str]:
+    """Whether a backend serves one row of activations in the weight's dtype; which; why a preferred one does not."""
     if isinstance(base, NF4Linear):
         weight: Any = base.quantized
         dtype, device = base.quantized_dtype, base.weight.device
@@ -269,11 +268,11 @@ def _backend(base: nn.Module, lora_a: Tensor | None, lora_b: Tensor | None) -> t
     bias = None if base.bias is None else base.bias.to(dtype)
     try:
         if lora_a is None:
-            return nf4_linear_op._fwd.choose(device, (x, weight, bias))
+            return True, *nf4_linear_op._fwd.choose(device, (x, weight, bias))
         scale = torch.ones((), dtype=torch.float64)
-        return lora_linear_op._fwd.choose(device, (x, weight, lora_a, lora_b, scale, bias, 0.0, None))
+        return True, *lora_linear_op._fwd.choose(device, (x, weight, lora_a, lora_b, scale, bias, 0.0, None))
     except BackendError as error:
-        return "", str(error)
+        return False, "", str(error)
 
 
 def _require(*packages: str) -> None:
@@ -294,7 +293,7 @@ def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, An
     if unknown := [name for name in others if name not in fields]:
         raise TypeError(f"{unknown[0]}: neither an argument of inject nor a field of PEFT's LoraConfig")
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    if targets == "all-linear" and not isinstance(model, PreTrainedModel):
+    if isinstance(targets, str) and targets.lower() == "all-linear" and not isinstance(model, PreTrainedModel):
         options = {**options, "target_modules": sorted(linears - {""})}  # PEFT has the shorthand for its models only
     # Conv1D holds (K, N); PEFT sets this itself, with a warning.
     defaults = {"fan_in_fan_out": any(is_conv1d(m) for m in model.modules()), "task_type": _task_type(model)}
@@ -328,8 +327,8 @@ def _check_all_fusable(model: PeftModel, quantize: str | None) -> None:
         raise InjectionError("\n  ".join([f"strict: {len(reasons)} targeted layers cannot be fused:", *reasons]))
 
 
-def _is_bnb_lora(layer: nn.Module) -> bool:
-    """Whether this is PEFT's layer over a bitsandbytes Linear4bit in nf4; told by names, so as not to import either."""
+def _is_bnb_lora(layer: Any) -> bool:
+    """Whether this is plain LoRA over a bitsandbytes Linear4bit in nf4; told by names, so as not to import it."""
     base = layer.get_base_layer()
     return (
         type(layer).__name__ in ("Linear4bit", "Linear")
@@ -338,14 +337,14 @@ def _is_bnb_lora(layer: nn.Module) -> bool:
         and type(base).__module__ == "bitsandbytes.nn.modules"
         and getattr(base.weight, "quant_type", None) == "nf4"
         and getattr(base.weight, "quant_state", None) is not None
+        and not layer.lora_variant
     )
 
 
 def _convert_bases(model: PeftModel, quantize: str | None) -> None:
     """Make NF4Linears of bitsandbytes' nf4 layers and, if asked, of dense ones, one after the other."""
-    layers = [(name, layer) for name, layer in _lora_layers(model) if _is_bnb_lora(layer)]
-    for name, layer in layers:
-        if not layer.merged:  # only PEFT knows how to take the adapter out again
+    for _, layer in _lora_layers(model):
+        if _is_bnb_lora(layer) and not layer.merged:  # only PEFT's own class can take a merged adapter out again
             base = layer.base_layer
             q = layout.from_state_dict(base.state_dict())
             _set_base(layer, NF4Linear.from_quantized(q, base.bias).train(base.training))
@@ -356,17 +355,21 @@ def _convert_bases(model: PeftModel, quantize: str | None) -> None:
     todo = [(name, layer) for name, layer in _lora_layers(model) if _is_quantizable(model, name, layer)]
     numel = sum(layer.base_layer.weight.numel() for _, layer in todo)
     for name, layer in tqdm(todo, desc="quantizing to NF4", disable=None if numel >= _PROGRESS_NUMEL else True):
-        try:
-            _set_base(layer, NF4Linear.from_linear(layer.base_layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        _set_base(layer, _quantize(name, layer.base_layer))
 
 
-def _is_quantizable(model: PeftModel, name: str, layer: nn.Module) -> bool:
+def _quantize(name: str, linear: nn.Module) -> NF4Linear:
+    try:
+        return NF4Linear.from_linear(linear)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _is_quantizable(model: PeftModel, name: str, layer: Any) -> bool:
     from lora_ops import _peft_layers
 
     base = layer.get_base_layer()
-    if isinstance(base, NF4Linear) or _peft_layers.why_not_fusable(layer) is not None or layer.merged:
+    if isinstance(base, NF4Linear) or _peft_layers.why_not_fusable(layer) is not None:
         return False
     root = model.get_base_model()
     output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
@@ -377,7 +380,7 @@ def _is_quantizable(model: PeftModel, name: str, layer: nn.Module) -> bool:
     return not keep.intersection(name.split("."))
 
 
-def _set_base(layer: nn.Module, base: NF4Linear) -> None:
+def _set_base(layer: Any, base: NF4Linear) -> None:
     """Give PEFT's layer an NF4 base, of which PEFT's own class for dense layers is the wrapper."""
     from peft.tuners import lora
 

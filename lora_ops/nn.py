@@ -15,6 +15,8 @@ from lora_ops._checks import check_probability, dtype_name
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, check_nf4
 
+QUANTIZE = (None, "nf4")
+
 # The scales stand in int32 Parameters that are viewed as float32 where they are used: module.to(dtype) casts floating
 # tensors only, and so does an FSDP2 mixed-precision policy. A buffer would not be sharded.
 _ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET = "weight_absmax", "weight_nested_absmax", "weight_nested_offset"
@@ -26,7 +28,7 @@ def is_conv1d(module: object) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
-def weight_of(linear: nn.Module) -> Tensor:
+def weight_of(linear: Any) -> Tensor:
     """The weight [N, K] of an nn.Linear, or of a Conv1D, as a view."""
     if is_conv1d(linear):
         return linear.weight.T
@@ -54,6 +56,8 @@ class NF4Linear(nn.Linear):
     Raises:
         ValueError: if block_size is not one of NF4's.
     """
+
+    weight_absmax: nn.Parameter
 
     def __init__(
         self,
@@ -84,11 +88,12 @@ class NF4Linear(nn.Linear):
             )
         )
         self._empty = True
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self.requires_grad_(False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
+    def from_linear(cls, linear: Any, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
         """Quantize the weight of a linear layer.
 
         Args:
@@ -127,16 +132,17 @@ class NF4Linear(nn.Linear):
         n, k = q.shape
         layer = cls(k, n, bias=False, block_size=q.block_size, double_quant=q.nested, device="meta", dtype=q.dtype)
         layer.quantized = q
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
         return layer
 
     @property
     def quantized(self) -> NF4Tensor:
         """The weight, of shape (N, K); its tensors are the layer's. Assigning one takes over its tensors."""
-        absmax, nested_absmax, offset = (self._parameters[name] for name in (_ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET))
+        absmax = self.weight_absmax.detach()
+        nested_absmax, offset = self._parameters[_NESTED_ABSMAX], self._parameters[_NESTED_OFFSET]
         return NF4Tensor(
             self.weight.detach(),
-            absmax.detach() if absmax.dtype == torch.uint8 else absmax.detach().view(torch.float32),
+            absmax if absmax.dtype == torch.uint8 else absmax.view(torch.float32),
             (self.out_features, self.in_features),
             self.quantized_dtype,
             self.block_size,
@@ -185,7 +191,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_not_empty()
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != input.dtype:
             bias = bias.to(input.dtype)  # the weight follows x's dtype, so its bias does too
         return functional.nf4_linear(input, self.quantized, bias)
@@ -193,8 +199,8 @@ class NF4Linear(nn.Linear):
     def _check_not_empty(self) -> None:
         if self._empty:
             raise RuntimeError(
-                f"NF4Linear({self.in_features}, {self.out_features}): the layer is empty; load a state dict into it, or "
-                "make it with NF4Linear.from_linear"
+                f"NF4Linear({self.in_features}, {self.out_features}): the layer is empty; load a state dict into it, "
+                "or make it with NF4Linear.from_linear"
             )
 
     def reset_parameters(self) -> None:
@@ -225,7 +231,7 @@ class NF4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """All of the state dict is read and checked before anything is written."""
+        """All of it is read and checked before anything is written; the weight is written as a whole or not at all."""
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -234,18 +240,20 @@ class NF4Linear(nn.Linear):
             unexpected_keys += [prefix + k for k in own if k not in known]
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         errors: list[str] = []
-        q = self._read_weight(own, prefix, missing_keys, errors)
+        missing: list[str] = []
+        q = self._read_weight(own, prefix, missing, errors)
         bias = own.get("bias")
         if self.bias is None:
             if strict and bias is not None:
                 unexpected_keys.append(prefix + "bias")
         elif bias is None:
-            if strict:
-                missing_keys.append(prefix + "bias")
+            missing.append(prefix + "bias")
         elif tuple(bias.shape) != (self.out_features,):
             errors.append(f"{prefix}bias: expected shape ({self.out_features},), got {tuple(bias.shape)}")
-        if errors:
-            error_msgs += errors
+        error_msgs += errors
+        missing_keys += missing
+        half_a_weight = q is None and any(key in own for key in (*layout.KEYS, *layout.NESTED_KEYS))
+        if errors or half_a_weight:
             return
         if q is not None:
             self.quantized = q if assign or self.weight.is_meta else _copy_to(q, self.weight.device)
@@ -257,15 +265,16 @@ class NF4Linear(nn.Linear):
                     self.bias.copy_(bias)
 
     def _read_weight(
-        self, own: Mapping[str, Tensor], prefix: str, missing_keys: list[str], errors: list[str]
+        self, own: Mapping[str, Tensor], prefix: str, missing: list[str], errors: list[str]
     ) -> NF4Tensor | None:
-        if layout.FP4_QUANT_STATE not in own and (missing := [key for key in layout.KEYS if key not in own]):
-            missing_keys += [prefix + key for key in missing]
+        absent = [prefix + key for key in layout.KEYS if key not in own]
+        if absent and layout.FP4_QUANT_STATE not in own:
+            missing += absent
             return None
         try:
             q = layout.from_state_dict(own)
         except KeyError as error:  # a nested key, which only a double-quantized weight has
-            missing_keys.append(prefix + str(error.args[0]).partition(":")[0])
+            missing.append(prefix + str(error.args[0]).partition(":")[0])
             return None
         except ValueError as error:
             errors.append(prefix + str(error))
@@ -290,9 +299,10 @@ def _copy_to(q: NF4Tensor, device: torch.device) -> NF4Tensor:
 class LoRALinear(nn.Module):
     """Linear layer with a low-rank update over a frozen weight: y = x Wᵀ + b + scale · drop(x) Aᵀ Bᵀ.
 
-    scale = lora_alpha / r, or lora_alpha / √r with `use_rslora`. A is drawn as nn.Linear draws its weight and B is zero,
-    so that a new layer computes what its base does. Both are float32 unless `dtype` says otherwise, also over 16-bit
-    activations. The base is frozen; the state dict holds `base_layer.*`, `lora_A.weight` [R, K], `lora_B.weight` [N, R].
+    scale = lora_alpha / r, or lora_alpha / √r with `use_rslora`. A is drawn as nn.Linear draws its weight and B is
+    zero, so that a new layer computes what its base does. Both are float32 unless `dtype` says otherwise, also over
+    16-bit activations. The base is frozen. The state dict holds `base_layer.*`, `lora_A.weight` [R, K] and
+    `lora_B.weight` [N, R].
 
     Args:
         in_features: K.
@@ -350,7 +360,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Module,
+        linear: Any,
         *,
         r: int = 16,
         lora_alpha: float = 32,
@@ -385,7 +395,7 @@ class LoRALinear(nn.Module):
         else:
             base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             base.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            base.bias = linear.bias
+            base.register_parameter("bias", linear.bias)
         layer = cls(
             base.in_features, base.out_features, r, lora_alpha, lora_dropout, use_rslora=use_rslora, base_layer=base,
             dtype=dtype,
@@ -403,7 +413,7 @@ class LoRALinear(nn.Module):
             return base(x)
         if isinstance(base, NF4Linear):
             base._check_not_empty()
-        bias = base.bias
+        bias: Tensor | None = base.bias
         if bias is not None and isinstance(base, NF4Linear) and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return functional.lora_linear(
@@ -470,9 +480,6 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scale={self.scale:g}, "
             f"merged={self.merged}"
         )
-
-
-QUANTIZE = (None, "nf4")
 
 
 def check_quantize(quantize: str | None) -> None:

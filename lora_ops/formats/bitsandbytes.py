@@ -115,16 +115,20 @@ def from_state_dict(state: Mapping[str, Tensor]) -> NF4Tensor:
 
 def _read_fields(packed: Tensor) -> dict[str, Any]:
     """The JSON of QUANT_STATE, with every field that NF4Tensor needs checked."""
-    if packed.dtype != torch.uint8 or packed.is_meta:
-        raise ValueError(f"{QUANT_STATE}: expected the bytes of a JSON object (uint8), got {packed.dtype} {packed.device}")
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.is_meta:
+        raise ValueError(
+            f"{QUANT_STATE}: expected the bytes of a JSON object (uint8, 1-d), "
+            f"got {packed.dtype} {tuple(packed.shape)} on {packed.device}"
+        )
     try:
         fields = json.loads(bytes(packed.tolist()))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{QUANT_STATE}: expected the bytes of a JSON object, got others ({error})") from error
-    wanted = _FIELDS + (_NESTED_FIELDS if isinstance(fields, dict) and "nested_offset" in fields else ())
-    if not isinstance(fields, dict) or (missing := [name for name in wanted if name not in fields]):
-        raise ValueError(f"{QUANT_STATE}: expected a JSON object with {', '.join(wanted)}, lacks {', '.join(missing)}"
-                         if isinstance(fields, dict) else f"{QUANT_STATE}: expected a JSON object, got {fields!r}")  # fmt: skip
+    if not isinstance(fields, dict):
+        raise ValueError(f"{QUANT_STATE}: expected the bytes of a JSON object, got {fields!r}")
+    wanted = _FIELDS + (_NESTED_FIELDS if "nested_offset" in fields else ())
+    if missing := [name for name in wanted if name not in fields]:
+        raise ValueError(f"{QUANT_STATE}: expected the fields {', '.join(wanted)}, lacks {', '.join(missing)}")
     _expect(fields, "quant_type", fields["quant_type"] == "nf4", "'nf4'")
     _expect(fields, "blocksize", type(fields["blocksize"]) is int, "an integer")
     _expect(fields, "dtype", fields["dtype"] in list(_DTYPES), f"one of {', '.join(_DTYPES)}")
