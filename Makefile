@@ -30,9 +30,10 @@ bench: $(VENV)/.test ## time every op against dense torch, PEFT and bitsandbytes
 	$(BIN)/python -m bench $(ARGS)
 
 native: $(VENV)/.test ## build the C++ kernels in place
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 clean: ## delete the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info lora_ops/_csrc demo_output
+	rm -rf $(VENV) build dist *.egg-info lora_ops/_liblora_ops.so demo_output
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

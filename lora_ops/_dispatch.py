@@ -154,6 +154,9 @@ def current_backend() -> str:
     return _check_backend_name("LORA_OPS_BACKEND", os.environ.get("LORA_OPS_BACKEND", "auto"))
 
 
+OPS: dict[str, Op] = {}  # every op, by name
+
+
 class Op:
     """An op registered with PyTorch's dispatcher, served by the backends whose files stand in its folder.
 
@@ -172,6 +175,7 @@ class Op:
         self.qualname = f"lora_ops::{self.name}"
         self._modules: dict[str, ModuleType | None] = {}
         self._impls: dict[str, Callable] = {}
+        OPS[self.name] = self
 
     def kernel(self, fn: Callable) -> Callable:
         """Register `fn` as the op's kernel on every device."""
