@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -19,33 +19,53 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
 from lora_ops._checks import dtype_name
-from lora_ops.nn import NF4Linear, add_to_nf4, is_conv1d
+from lora_ops.nn import NF4Linear, add_to_nf4
 from lora_ops.quant.nf4 import NF4Tensor
 
 logger = logging.getLogger("lora_ops")
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+class Parts(NamedTuple):
+    """What the fused forward of a layer reads."""
+
+    base: nn.Module
+    weight: Tensor  # of the base
+    lora_a: Tensor
+    lora_b: Tensor
+    dropout: nn.Module
+    scale: float
 
 
 def why_not_fusable(layer: nn.Module) -> str | None:
     """Why a layer of PEFT's cannot become one of ours, or None: what its class and its base layer say."""
-    if type(layer) not in (lora.Linear, LoraLinear, LoraNF4Linear):
+    if type(layer) not in (LoraLinear, LoraNF4Linear, lora.Linear):
         return f"lora_ops fuses PEFT's lora.Linear only, this is a {_qualname(layer)}"
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, Conv1D, NF4Linear):
+    base = layer._modules["base_layer"]
+    if type(base) not in _BASES:
         return f"base layer: expected nn.Linear, Conv1D or NF4Linear, got {_qualname(base)}"
     return None
 
 
 def why_not_fused(layer: LoraLayer) -> str | None:
     """Why a forward of the layer in its present state runs PEFT's math, or None if `lora_linear` runs it."""
+    parts = fused_parts(layer)
+    return parts if isinstance(parts, str) else None
+
+
+def fused_parts(layer: LoraLayer) -> Parts | str:
+    """What the fused forward needs, or why there is none in the layer's present state.
+
+    It runs at each call, so it reads `_modules` and `_parameters`: nn.Module's attribute access takes 1 µs apiece.
+    """
     if reason := why_not_fusable(layer):
         return reason
     if layer.disable_adapters:
         return "adapters are disabled: only the base layer runs"
-    if layer.merged:
+    if layer.merged_adapters:
         return "adapters are merged: only the base layer runs"
-    active = active_adapters(layer)
+    modules = layer._modules
+    adapters = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in adapters]
     if len(active) != 1:
         return f"{len(active)} active adapters: {', '.join(active)}" if active else "no active adapter"
     (name,) = active
@@ -53,52 +73,64 @@ def why_not_fused(layer: LoraLayer) -> str | None:
         return f"adapter {name!r} is not plain LoRA: {type(layer.lora_variant[name]).__name__}"
     if layer.lora_bias.get(name, False):
         return f"adapter {name!r} has lora_bias"
-    base, lora_a, lora_b, dropout = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    # The fused forward reads their tensors and does not call them.
+    base, lora_a, lora_b = modules["base_layer"], adapters[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
     for part, module, types in (
-        ("base layer", base, (nn.Linear, Conv1D, NF4Linear)),
-        ("lora_A", lora_a, (nn.Linear,)),
-        ("lora_B", lora_b, (nn.Linear,)),
-        ("lora_dropout", dropout, (nn.Dropout, nn.Identity)),
+        ("base layer", base, _BASES),
+        ("lora_A", lora_a, _ADAPTERS),
+        ("lora_B", lora_b, _ADAPTERS),
+        ("lora_dropout", dropout, _DROPOUTS),
     ):
         if type(module) not in types:
             return f"{part}: expected {' or '.join(t.__name__ for t in types)}, got {_qualname(module)}"
-        if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
             return f"{part} has hooks or a forward of its own, which the fused op would not call"
-    for part, t in (("base layer", base.weight), ("lora_A", lora_a.weight), ("lora_B", lora_b.weight)):
-        if type(t) not in (nn.Parameter, Tensor):
+    parts = Parts(base, _weight(base), _weight(lora_a), _weight(lora_b), dropout, layer.scaling[name])
+    for part, t in (("base layer", parts.weight), ("lora_A", parts.lora_a), ("lora_B", parts.lora_b)):
+        if type(t) not in _PLAIN:
             return f"{part}: expected a plain tensor as weight, got {_qualname(t)}"
-    if base.weight.requires_grad:
+    if parts.weight.requires_grad:
         return "base layer: its weight requires a gradient, which lora_linear does not compute"
-    return None
+    return parts
 
 
-def active_adapters(layer: LoraLayer) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+_BASES = (nn.Linear, Conv1D, NF4Linear)
+_ADAPTERS = (nn.Linear,)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _weight(module: Any) -> Tensor:
+    # FSDP1 puts plain tensors in the place of Parameters.
+    return module._parameters["weight"] if "weight" in module._parameters else module.weight
 
 
 def _qualname(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _why_not_this_call(layer: LoraLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _why_not_this_call(parts: Parts, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call, on a layer that is otherwise fused, runs PEFT's math."""
     if kwargs.get("adapter_names") is not None:
         return "adapter_names: the call mixes adapters in one batch"
-    if args or any(kwargs[key] is not None for key in kwargs):
+    if args or any(value is not None for value in kwargs.values()):
         return f"the call has arguments beside x: {', '.join(kwargs) or len(args)}"
-    if not x.dtype.is_floating_point:
-        return f"x: expected a floating dtype, got {dtype_name(x.dtype)}"
-    device_type = x.device.type
+    dtype, device_type = x.dtype, x.device.type
+    if not dtype.is_floating_point:
+        return f"x: expected a floating dtype, got {dtype_name(dtype)}"
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return None
-    (name,) = active_adapters(layer)
-    base = layer.base_layer
-    if not isinstance(base, NF4Linear) and base.weight.dtype != x.dtype:
-        return f"x is {dtype_name(x.dtype)} and the base layer {dtype_name(base.weight.dtype)}"
-    for part, t in (("lora_A", layer.lora_A[name].weight), ("lora_B", layer.lora_B[name].weight)):
-        if t.dtype != x.dtype and (t.dtype != torch.float32 or x.dtype == torch.float64):
-            return f"{part} is {dtype_name(t.dtype)} under {dtype_name(x.dtype)} activations"
+    if parts.weight.dtype != dtype and type(parts.base) is not NF4Linear:
+        return f"x is {dtype_name(dtype)} and the base layer {dtype_name(parts.weight.dtype)}"
+    for part, t in (("lora_A", parts.lora_a), ("lora_B", parts.lora_b)):
+        if t.dtype != dtype and (t.dtype != torch.float32 or dtype == torch.float64):
+            return f"{part} is {dtype_name(t.dtype)} under {dtype_name(dtype)} activations"
     return None
 
 
@@ -118,37 +150,34 @@ class LoraLinear(lora.Linear):
     unfused_call: str | None = None  # why the last call ran PEFT's math, if the layer's state does not tell
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = why_not_fused(self)
-        if reason is None:
-            reason = _why_not_this_call(self, x, args, kwargs)
-            if self.unfused_call != reason:
-                self.unfused_call = reason
-            if reason is None:
-                return self._fused(x)
-        if not self.disable_adapters and not self.merged:  # else no adapter is to be fused
+        parts = fused_parts(self)
+        if isinstance(parts, str):
+            if not self.disable_adapters and not self.merged:  # else there is no adapter to fuse
+                _tell_once(parts)
+            return super().forward(x, *args, **kwargs)
+        reason = _why_not_this_call(parts, x, args, kwargs)
+        if self.unfused_call != reason:
+            self.unfused_call = reason
+        if reason is not None:
             _tell_once(reason)
-        return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        return _fused(parts, x)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        (name,) = active_adapters(self)
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        bias = base.bias
-        if isinstance(base, NF4Linear):
-            base._check_not_empty()
-            weight: Tensor | NF4Tensor = base.quantized
-            if bias is not None and bias.dtype != x.dtype:
-                bias = bias.to(x.dtype)
-        else:
-            weight = base.weight.T if is_conv1d(base) else base.weight
-        return functional.lora_linear(
-            x,
-            weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            scale=self.scaling[name],
-            bias=bias,
-            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+
+def _fused(parts: Parts, x: Tensor) -> Tensor:
+    base, dropout = parts.base, parts.dropout
+    bias: Any = base.bias
+    if isinstance(base, NF4Linear):
+        base._check_not_empty()
+        weight: Tensor | NF4Tensor = base.quantized
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+    else:
+        weight = parts.weight if type(base) is nn.Linear else parts.weight.T
+    dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    return functional.lora_linear(
+        x, weight, parts.lora_a, parts.lora_b, scale=parts.scale, bias=bias, dropout_p=dropout_p
+    )
 
 
 class LoraNF4Linear(LoraLinear):

@@ -236,14 +236,14 @@ def _row(name: str, module: Any) -> LayerReport | None:
 
     base = module.get_base_layer()
     kind, weight_format = type(base).__name__, _weight_format(base)
-    reason = _peft_layers.why_not_fused(module) or getattr(module, "unfused_call", None)
-    if reason is None and not isinstance(module, _peft_layers.LoraLinear):
-        reason = "PEFT's own layer: call lora_ops.inject(model)"
-    if reason is not None:
-        return LayerReport(name, kind, False, "", reason, weight_format)
-    (adapter,) = _peft_layers.active_adapters(module)
-    served = _backend(base, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-    return LayerReport(name, kind, *served, weight_format)
+    parts = _peft_layers.fused_parts(module)
+    if isinstance(parts, str):
+        return LayerReport(name, kind, False, "", parts, weight_format)
+    if not isinstance(module, _peft_layers.LoraLinear):
+        return LayerReport(name, kind, False, "", "PEFT's own layer: call lora_ops.inject(model)", weight_format)
+    if module.unfused_call is not None:
+        return LayerReport(name, kind, False, "", module.unfused_call, weight_format)
+    return LayerReport(name, kind, *_backend(base, parts.lora_a, parts.lora_b), weight_format)
 
 
 def _weight_format(base: nn.Module) -> str:

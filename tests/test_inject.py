@@ -398,7 +398,9 @@ def test_safe_merge_refuses_nan_and_changes_nothing(quantize: str | None) -> Non
     layer = first_layer(model)
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
     before = weight_bytes(layer)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights. The adapter default seems to be broken"
+    ):
         layer.merge(safe_merge=True)
     assert weight_bytes(layer) == before
     assert not layer.merged
@@ -590,7 +592,7 @@ def _dropout(layer: nn.Module) -> None:
         (_own_forward, "base layer has hooks or a forward of its own"),
         (_train_base, "requires a gradient"),
         (_parametrize, "lora_A: expected Linear, got"),
-        (_dropout, "lora_dropout: expected Dropout or Identity"),
+        (_dropout, "lora_dropout: expected Identity or Dropout"),
     ],
 )
 def test_what_the_fused_op_would_miss_is_not_fused(change: Callable[[nn.Module], None], reason: str) -> None:
@@ -705,7 +707,7 @@ def test_bad_models() -> None:
     for function in (lora_ops.inject, lora_ops.injection_report):
         with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
             function("llama")
-    with pytest.raises(ValueError, match="r: the model is a PeftModel.*takes no r, use_rslora for it"):
+    with pytest.raises(ValueError, match=r"r: the model is a PeftModel.*takes no r, use_rslora for it"):
         lora_ops.inject(stock(), r=8, use_rslora=True)
     with pytest.raises(ValueError, match="expected a PeftModel with LoRA adapters, got IA3Model"):
         lora_ops.inject(peft.get_peft_model(models.llama(), peft.IA3Config()))

@@ -278,7 +278,7 @@ def test_nested_offset_roundtrips_to_the_bit() -> None:
 
 @pytest.mark.parametrize("bad", [nn.Conv2d(1, 1, 1), torch.zeros(2, 2), nf4_linear()])
 def test_from_linear_takes_linears_only(bad: object) -> None:
-    with pytest.raises(TypeError, match="linear: expected an nn.Linear or transformers' Conv1D"):
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear or transformers' Conv1D"):
         NF4Linear.from_linear(bad)
 
 

@@ -86,7 +86,7 @@ def test_reads_other_storage_dtypes(storage: torch.dtype) -> None:
 
 
 def test_fp4_is_refused() -> None:
-    with pytest.raises(ValueError, match="nf4.*got fp4"):
+    with pytest.raises(ValueError, match=r"nf4.*got fp4"):
         layout.from_state_dict(bnb_state_dict(torch.randn(64, 64), True, quant_type="fp4"))
 
 
