@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_ops._dispatch import use_backend
 from lora_ops.functional import lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.blockwise8.reference import dynamic_map
@@ -104,9 +105,10 @@ class LinearCase:
 
         weight: Tensor | NF4Tensor
         if c.weight == "nf4":
-            # The smallest type that holds the draw; on the CPU, since the bytes must not depend on the device.
-            weight_dtype = torch.float32 if c.dtype == torch.float64 else c.dtype
-            weight = quantize_nf4(w.to(weight_dtype), block_size=c.block_size, double_quant=c.double_quant).to(device)
+            # Not by the kernel under test on a device, and not slowly on the CPU.
+            w = w.to(device, torch.float32 if c.dtype == torch.float64 else c.dtype)
+            with use_backend("auto" if w.device.type == "cpu" else "reference"):
+                weight = quantize_nf4(w, block_size=c.block_size, double_quant=c.double_quant)
             weight = replace(weight, dtype=c.dtype)
         elif c.weight == "dense":
             weight = place(w, c.dtype)

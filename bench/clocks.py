@@ -1,0 +1,77 @@
+"""How a call is timed: wall clock on the CPU, events with a flushed cache on CUDA; contenders always take turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from bench.plan import Effort
+
+Runs = Mapping[str, Callable[[], object]]
+
+
+class Clock(Protocol):
+    """Times calls in turn: one round runs every contender once, in the order given."""
+
+    def interleave(self, runs: Runs, effort: Effort) -> dict[str, list[float]]:
+        """Seconds of each call, by contender."""
+
+
+class CpuClock:
+    """Wall time of each call. The other contenders' weights pass through the cache between two calls of one."""
+
+    def interleave(self, runs: Runs, effort: Effort) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(effort.warmup):
+            for run in runs.values():
+                run()
+        end = time.perf_counter() + effort.seconds
+        rounds = 0
+        while runs and rounds < effort.max_rounds and (rounds < effort.min_rounds or time.perf_counter() < end):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - begin)
+            rounds += 1
+        return times
+
+
+class CudaClock:
+    """Time between two CUDA events. Before each call a buffer of twice the L2 is written, so that nothing is cached,
+    and the GPU is kept busy while the host enqueues, so that the time is the GPU's and not the launches'.
+    """
+
+    BUSY_CYCLES = 1_000_000  # about 0.5 ms at 1.8 GHz: longer than it takes to enqueue one op's kernels
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+        self._flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+
+    def interleave(self, runs: Runs, effort: Effort) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(effort.warmup + 1):
+            for run in runs.values():
+                run()
+        torch.cuda.synchronize()
+        end = time.perf_counter() + effort.seconds
+        rounds = 0
+        while runs and rounds < effort.max_rounds and (rounds < effort.min_rounds or time.perf_counter() < end):
+            for name, run in runs.items():
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                torch.cuda._sleep(self.BUSY_CYCLES)
+                start.record()
+                run()
+                stop.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(stop) / 1e3)
+            rounds += 1
+        return times
+
+
+def clock_for(device: str) -> Clock:
+    """The clock of a device type."""
+    return CudaClock() if device == "cuda" else CpuClock()

@@ -1,0 +1,155 @@
+"""Correctness on the device: every op on every backend against float64, on shapes that find edges.
+
+A check is a function of the device, run with a backend in force, that answers why a result is wrong, or None. CHECKS
+maps an op's name to its checks by case; adding an op adds an entry.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lora_ops.functional import dequantize_blockwise8, dequantize_nf4, quantize_blockwise8, quantize_nf4
+from lora_ops.quant.blockwise8.reference import dynamic_map
+from tests.cases import (
+    LinearCase,
+    assert_right,
+    codec_weight,
+    rounded_weight,
+    run_ours,
+    wrong_quantization,
+)
+
+Check = Callable[[str], str | None]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BF16 = torch.bfloat16
+
+# (M, N, K): one token, a ragged tile, whole tiles, a shape that no tile divides, a real layer.
+SHAPES = ((1, 256, 512), (17, 96, 160), (128, 512, 1024), (300, 1000, 520))
+LARGE = (512, 4096, 4096)
+
+
+def _linear_cases(r: int) -> Iterator[LinearCase]:
+    for m, n, k in SHAPES:
+        for dtype in FLOATS:
+            yield LinearCase(m, n, k, r, dtype, bias=True, seed=m)
+    m, n, k = SHAPES[1]
+    yield LinearCase(m, n, k, r, BF16, contiguous=False, batch=(2,))
+    yield LinearCase(m, n, k, r, BF16, double_quant=True, block_size=32)
+    yield LinearCase(m, n, k, r, BF16, block_size=256)
+    yield LinearCase(m, n, k, r, BF16, ill_scaled=True)
+    yield LinearCase(0, n, k, r, BF16)
+    yield LinearCase(*LARGE, r, BF16)
+
+
+def _lora_cases() -> Iterator[LinearCase]:
+    yield from _linear_cases(16)
+    m, n, k = SHAPES[3]
+    for weight in ("dense", "nf4"):
+        for p in (0.0, 0.05, 0.5):
+            for adapter in (BF16, torch.float32):
+                yield LinearCase(m, n, k, 16, BF16, weight=weight, dropout_p=p, adapter_dtype=adapter, bias=True)
+    for r in (1, 8, 40, 64):
+        yield LinearCase(m, n, k, r, BF16, weight="dense", dropout_p=0.1)
+    yield LinearCase(m, n, k, 16, BF16, weight="dense", contiguous=False, dropout_p=0.1)
+    yield LinearCase(m, n, k, 16, BF16, weight="dense", zero_b=True)
+    yield LinearCase(*LARGE, 16, BF16, weight="dense", dropout_p=0.05)
+
+
+def _linear(case: LinearCase, device: str) -> str | None:
+    inputs = case.inputs(device)
+    first, second = run_ours(inputs), run_ours(inputs)
+    try:
+        assert_right(inputs, first)
+    except AssertionError as error:
+        return str(error)
+    differ = [name for name, t in first.items() if not torch.equal(t, second[name])]
+    return f"a second run differs in {', '.join(differ)}" if differ else None
+
+
+def _quantize(
+    dtype: torch.dtype, block_size: int, double_quant: bool, shape: tuple[int, ...], device: str
+) -> str | None:
+    w = codec_weight(*shape, dtype=dtype, ill_scaled=True, seed=block_size)
+    q = quantize_nf4(w.to(device), block_size=block_size, double_quant=double_quant)
+    if wrong := wrong_quantization(w.to(device), q):
+        return wrong
+    if device == "cpu" or double_quant:  # the mean that double quantization subtracts may be summed in another order
+        return None
+    on_cpu = quantize_nf4_reference(w, block_size)
+    same = torch.equal(q.packed.cpu(), on_cpu[0]) and torch.equal(q.absmax.cpu(), on_cpu[1])
+    return None if same else "bytes differ from those of the reference on the CPU"
+
+
+def quantize_nf4_reference(w: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's bytes, whatever backend is in force."""
+    from lora_ops.quant.nf4_codec.reference import quantize_nf4 as reference
+
+    return reference(w, block_size)
+
+
+def _dequantize(dtype: torch.dtype, double_quant: bool, out: bool, shape: tuple[int, int], device: str) -> str | None:
+    case = LinearCase(1, shape[0], shape[1], dtype=dtype, double_quant=double_quant, ill_scaled=True)
+    q = case.inputs(device).nf4
+    expected = rounded_weight(q, dtype)
+    got = dequantize_nf4(q, out=torch.full_like(expected, float("nan"))) if out else dequantize_nf4(q, dtype=dtype)
+    differ = int((got != expected).sum())
+    return f"{differ} of {expected.numel()} values differ from code · absmax rounded" if differ else None
+
+
+def _blockwise8(signed: bool, n: int, device: str) -> str | None:
+    x = codec_weight(n, ill_scaled=True, seed=n, device=device)
+    x = x if signed else x.abs()
+    codes, absmax = quantize_blockwise8(x, signed=signed)
+    unit = absmax.double().repeat_interleave(256)[:n].clamp_min(1e-300)
+    code_map = dynamic_map(signed).to(device).double()
+    v = x.double() / unit
+    nearest = code_map[torch.bucketize(v, (code_map[:-1] + code_map[1:]) / 2)]
+    excess = (v - code_map[codes.long()]).abs() - (v - nearest).abs()
+    far = int((excess > 1e-6).sum())
+    if far:
+        return f"{far} of {n} codes are not the nearest"
+    got = dequantize_blockwise8(codes, absmax, signed=signed)
+    expected = dynamic_map(signed).to(device)[codes.long()] * absmax.repeat_interleave(256)[:n]
+    return None if torch.equal(got, expected) else "dequantized values differ from map[code] · absmax"
+
+
+def _checks() -> dict[str, dict[str, Check]]:
+    linear: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _linear_cases(0)}
+    lora: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _lora_cases()}
+    quantize: dict[str, Check] = {
+        f"{shape} {dtype} block {block} double {dq}": functools.partial(_quantize, dtype, block, dq, shape)
+        for dtype in FLOATS
+        for block, dq in ((64, False), (64, True), (32, False), (4096, False))
+        for shape in ((64, 96), (1000, 33), (512, 1024))
+    }
+    dequantize: dict[bool, dict[str, Check]] = {
+        out: {
+            f"{shape} {dtype} double {dq}": functools.partial(_dequantize, dtype, dq, out, shape)
+            for dtype in FLOATS
+            for dq in (False, True)
+            for shape in ((64, 96), (33, 130), (512, 1024))
+        }
+        for out in (False, True)
+    }
+    blockwise8: dict[str, Check] = {
+        f"n={n} signed={signed}": functools.partial(_blockwise8, signed, n)
+        for n in (1, 256, 1000, 70_000)
+        for signed in (True, False)
+    }
+    return {
+        "nf4_linear": linear,
+        "nf4_linear_dx": linear,
+        "lora_linear": lora,
+        "lora_linear_backward": lora,
+        "quantize_nf4": quantize,
+        "dequantize_nf4": dequantize[False],
+        "dequantize_nf4_out": dequantize[True],
+        "quantize_blockwise8": blockwise8,
+        "dequantize_blockwise8": blockwise8,
+    }
+
+
+CHECKS = _checks()

@@ -1,0 +1,74 @@
+"""The process that runs sections, and saves after each piece of work.
+
+It ends itself with BROKEN when the CUDA context no longer works (an illegal address is for the whole process), so that
+its parent can start another for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bench.clocks import clock_for
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress
+from bench.environment import traceback_text
+from bench.files import write_json
+from bench.report import run_from_dict
+
+BROKEN = 3
+
+
+def load_progress(path: Path) -> Progress:
+    """Read what a child has saved."""
+    data = json.loads(path.read_text())
+    return Progress(run_from_dict(data["run"]), data["current"], data["done"], data["skipped"])
+
+
+def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool) -> int:
+    """Run sections in order, adding to the progress in `path`; answers the exit status."""
+    progress = load_progress(path)
+    context: Context | None = None
+    for name in names:
+        if time.time() > deadline:
+            progress.skipped.append(name)
+            continue
+        progress.current = name
+        write_json(path, asdict(progress))
+        broken = False
+        try:
+            context = context or Context(
+                DRY_PLAN if dry else PLAN, clock_for("cpu" if dry else "cuda"), progress.run, dry
+            )
+            for what in SECTIONS[name](context):
+                print(f"[{name}] {what}", flush=True)
+                write_json(path, asdict(progress))
+                if time.time() > deadline:
+                    progress.skipped.append(f"the rest of {name}")
+                    break
+        except Exception:
+            progress.run.failures.append({"section": name, "reason": traceback_text()})
+            print(f"[{name}] FAILED\n{traceback_text()}", flush=True)
+            broken = not dry and not _cuda_works()
+        progress.done.append(name)
+        progress.current = ""
+        write_json(path, asdict(progress))
+        if broken:
+            return BROKEN
+        if not dry:
+            torch.cuda.empty_cache()
+    write_json(path, asdict(progress))
+    return 0
+
+
+def _cuda_works() -> bool:
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True

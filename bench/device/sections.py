@@ -1,0 +1,179 @@
+"""The sections of the GPU suite. Adding one is a function with `@section`; it reports into `context.run`.
+
+A section that yields is interrupted where it yields when the time is up, and saved there; what it has put into the run
+until then stays, whatever happens afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.clocks import Clock
+from bench.device.checks import CHECKS, Check
+from bench.device.discover import backends_of, registered_ops
+from bench.environment import exception_line
+from bench.measure import Run, measure, one_line
+from bench.plan import Effort, Plan
+from bench.suites import SUITES
+from lora_ops import BackendError, use_backend
+from lora_ops._dispatch import Op
+
+PLAN = Plan(
+    device="cuda",
+    shapes=((4096, 4096), (14336, 4096)),
+    tokens=(1, 16, 64, 256, 1024, 4096, 8192),
+    lora_shapes=((4096, 4096),),
+    lora_tokens=(2048, 8192),
+    effort=Effort(min_rounds=10, max_rounds=100, seconds=1.0, warmup=3),
+)
+DRY_PLAN = Plan(
+    shapes=((64, 96),),
+    tokens=(1, 5),
+    lora_shapes=((64, 96),),
+    lora_tokens=(5,),
+    rank=4,
+    effort=Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup=0),
+)
+
+
+@dataclass
+class Context:
+    """What a section works with.
+
+    Attributes:
+        plan, clock: shapes, device and how to time.
+        run: where results go.
+        dry: tiny sizes, to try the suite without a GPU.
+    """
+
+    plan: Plan
+    clock: Clock
+    run: Run
+    dry: bool = False
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """As measured; infinite where that section failed, so that the others still run."""
+        return (
+            Ceilings(**self.run.ceilings) if self.run.ceilings else Ceilings(float("inf"), float("inf"), float("inf"))
+        )
+
+
+def with_backends(plan: Plan) -> Plan:
+    """The plan with each fast backend of the device as a contender of its own, where there is more than one."""
+    fast = {name for op in registered_ops() for name, why in backends_of(op, plan.device).items() if why is None}
+    fast -= {"reference"}
+    return replace(plan, backends=("auto", *sorted(fast))) if len(fast) > 1 else plan
+
+
+Section = Callable[[Context], Iterator[str]]
+SECTIONS: dict[str, Section] = {}
+
+
+def section(name: str) -> Callable[[Section], Section]:
+    """Register a section: a generator that yields after each piece of work what it did, in a few words."""
+
+    def register(fn: Section) -> Section:
+        SECTIONS[name] = fn
+        return fn
+
+    return register
+
+
+@section("ceilings")
+def _ceilings(context: Context) -> Iterator[str]:
+    """Copy bandwidth and GEMM speed."""
+    size = {"copy_bytes": 1 << 20, "gemm": 64} if context.dry else {"copy_bytes": 1 << 30, "gemm": 8192}
+    context.run.ceilings = measure_ceilings(context.clock, context.plan.device, context.plan.dtype, **size).as_dict()
+    yield ", ".join(f"{name} {value:.3g}" for name, value in context.run.ceilings.items())
+
+
+def _checking(cases: dict[str, Check], ops: list[Op]) -> Section:
+    """Check ops that share their cases (a forward and its backward) on every backend that has them."""
+
+    def run(context: Context) -> Iterator[str]:
+        device, lead = context.plan.device, ops[0]
+        for backend, unavailable in backends_of(lead, device).items():
+            if unavailable:
+                context.run.notes.append(f"- {lead.name} on {backend}: not available: {unavailable}")
+                continue
+            for number, (case, check) in enumerate(cases.items()):
+                if context.dry and number % 7:
+                    continue
+                status, reason = _judge(backend, device, check)
+                record = {"op": lead.name, "backend": backend, "case": case, "status": status, "reason": reason}
+                context.run.checks.append(record)
+                yield f"on {backend}, {case}: {status} {reason}"
+                if device == "cuda":
+                    torch.cuda.synchronize()  # raises if the case broke the context; then the section ends here
+
+    run.__doc__ = f"{', '.join(op.name for op in ops)} against float64."
+    return run
+
+
+def _judge(backend: str, device: str, check: Check) -> tuple[str, str]:
+    try:
+        with use_backend(backend):
+            wrong = check(device)
+    except BackendError as error:
+        return "declined", str(error)
+    except Exception as error:  # a broken kernel is a wrong one
+        return "wrong", exception_line(error)
+    return ("wrong", wrong) if wrong else ("ok", "")
+
+
+@section("unchecked")
+def _unchecked(context: Context) -> Iterator[str]:
+    """Say which registered ops have no check here."""
+    for op in registered_ops():
+        if op.name not in CHECKS:
+            context.run.notes.append(f"- {op.name}: registered, but bench/device/checks.py has no check of it")
+            yield f"{op.name} has no check"
+
+
+def _timing(op: str) -> Section:
+    def run(context: Context) -> Iterator[str]:
+        plan, clock = context.plan, context.clock
+        for comparison in SUITES[op](plan):
+            begin = time.perf_counter()
+            rows = measure(comparison, clock, context.ceilings, plan.effort)
+            context.run.rows += rows
+            yield f"{comparison.id}: {one_line(rows)}; took {time.perf_counter() - begin:.1f} s"
+
+    run.__doc__ = f"Times of {op}."
+    return run
+
+
+def _weight(name: str) -> tuple[bool, bool]:
+    """What matters most comes first, in case the time runs out."""
+    return "linear" not in name, "lora" not in name
+
+
+def _register() -> None:
+    """One section a group of checks, so that a kernel that breaks the process costs no other op its checks."""
+    groups: dict[int, list[Op]] = {}
+    for op in sorted(registered_ops(), key=lambda op: _weight(op.name)):
+        if op.name in CHECKS:
+            groups.setdefault(id(CHECKS[op.name]), []).append(op)
+    for ops in groups.values():
+        section(f"check {ops[0].name}")(_checking(CHECKS[ops[0].name], ops))
+    for op_name in sorted(SUITES, key=_weight):
+        section(f"time {op_name}")(_timing(op_name))
+
+
+_register()
+
+
+@dataclass
+class Progress:
+    """What a child process tells its parent, in a file: the run so far, and where it is."""
+
+    run: Run
+    current: str = ""
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)

@@ -1,0 +1,44 @@
+"""What a run measures: device, shapes, tokens, effort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison is timed: rounds of every contender in turn, until `seconds` are spent."""
+
+    min_rounds: int = 7
+    max_rounds: int = 200
+    seconds: float = 4.0
+    warmup: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shapes and device of a run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        shapes: (N, K) of the weights of the codec and nf4_linear.
+        tokens: values of M for nf4_linear.
+        lora_shapes, lora_tokens, rank: the same for lora_linear.
+        adapter_dtypes: of lora_a and lora_b; float32 is what PEFT makes of them by default.
+        dtype: of the activations.
+        backends: of lora_ops, each a contender of its own; "auto" is the library's own choice.
+        effort: how long each comparison is timed.
+    """
+
+    device: str = "cpu"
+    shapes: tuple[tuple[int, int], ...] = ((4096, 4096),)
+    tokens: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
+    lora_shapes: tuple[tuple[int, int], ...] = ((2048, 2048),)
+    lora_tokens: tuple[int, ...] = (2048,)
+    rank: int = 16
+    adapter_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    dtype: torch.dtype = torch.bfloat16
+    backends: tuple[str, ...] = ("auto",)
+    effort: Effort = Effort()

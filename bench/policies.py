@@ -1,0 +1,25 @@
+"""Allocator policies: with glibc's defaults every fresh large tensor is page-faulted in, which hides the kernel.
+
+glibc reads these variables when a process starts, so each policy is a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+POLICIES: dict[str, dict[str, str]] = {
+    "default": {},
+    "tuned": {
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "MALLOC_TOP_PAD_": str(256 << 20),
+    },
+}
+
+
+def environment_of(policy: str) -> dict[str, str]:
+    """The child's environment: this one's without any policy's variables, and with those of `policy`."""
+    ours = {name for variables in POLICIES.values() for name in variables}
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    # bitsandbytes downloads a kernel when it is imported on some CPUs; a benchmark must not depend on the network.
+    return {"HF_HUB_OFFLINE": "1", **inherited, **POLICIES[policy]}

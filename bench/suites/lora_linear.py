@@ -1,0 +1,108 @@
+"""LoRA forward and backward (dX, dA, dB) over a frozen dense or NF4 weight; the baseline is the frozen dense layer's
+forward and dX, so that a ratio is what the adapter costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.measure import Comparison, Contender
+from bench.peers import eager_lora, given_dropout, lora_by_addmm, peft_layer
+from bench.plan import Plan
+from bench.suites.common import Judge, ours, tensor_bytes
+from lora_ops.functional import lora_linear
+from tests.cases import LinearCase, LinearInputs, rounded_weight
+
+DROPOUTS = (0.0, 0.05)
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def forward_backward(plan: Plan) -> Iterator[Comparison]:
+    """Dense and NF4, each adapter dtype, with and without dropout."""
+    for (n, k), m in itertools.product(plan.lora_shapes, plan.lora_tokens):
+        for weight, adapter, p in itertools.product(("dense", "nf4"), plan.adapter_dtypes, DROPOUTS):
+            case = LinearCase(m, n, k, plan.rank, plan.dtype, weight=weight, adapter_dtype=adapter, dropout_p=p)
+            yield _comparison(plan, case.inputs(plan.device))
+
+
+def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
+    c, judge = i.case, Judge(i)
+    m, n, k, r = c.m, c.n, c.k, c.r
+    a0, b0 = i.adapter()
+    # Forward reads x and W and writes y; backward reads dY, W and x and writes dX; the adapters once each way.
+    activations = 3 * i.x.nbytes + 2 * i.dy.nbytes + 2 * tensor_bytes(a0, b0)
+
+    def contender(forward: Forward, weight_bytes: int, *, checked: Forward | None = None) -> Contender:
+        """`checked` is the same computation with the mask that truth uses, where `forward` draws one of its own."""
+        x, a, b = (t.detach().requires_grad_() for t in (i.x, a0, b0))
+
+        def run(fn: Forward = forward) -> dict[str, Tensor]:
+            y = fn(x, a, b)
+            dx, da, db = torch.autograd.grad(y, (x, a, b), i.dy)
+            return {"y": y.detach(), "dx": dx, "dlora_a": da, "dlora_b": db}
+
+        return Contender(run, lambda: judge.wrong(run(checked or forward)), activations + 2 * weight_bytes)
+
+    def lora_ops() -> Contender:
+        def forward(x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None = None) -> Tensor:
+            return lora_linear(x, i.weight, a, b, scale=c.scale, dropout_p=c.dropout_p, seed=seed)
+
+        def checked(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return forward(x, a, b, i.seed if c.dropout_p else None)
+
+        return contender(forward, i.weight.nbytes, checked=checked)
+
+    def frozen() -> Contender:
+        w, x = rounded_weight(i.weight, i.x.dtype), i.x.detach().requires_grad_()
+
+        def run() -> Tensor:
+            return torch.autograd.grad(F.linear(x, w), x, i.dy)[0]
+
+        # The yardstick, not a contender: it computes another function, torch's own, so there is nothing to check.
+        return Contender(run, lambda: None, 2 * (i.x.nbytes + i.dy.nbytes + w.nbytes))
+
+    def peft() -> Contender:
+        layer = peft_layer(i)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        x = i.x.detach().requires_grad_()
+
+        def run() -> dict[str, Tensor]:
+            y = layer(x)
+            dx, da, db = torch.autograd.grad(y, (x, a, b), i.dy)
+            return {"y": y.detach(), "dx": dx, "dlora_a": da, "dlora_b": db}
+
+        def check() -> str | None:
+            own = layer.lora_dropout["default"]
+            layer.lora_dropout["default"] = given_dropout(i)
+            try:
+                return judge.wrong(run())
+            finally:
+                layer.lora_dropout["default"] = own
+
+        return Contender(run, check, activations + 2 * i.weight.nbytes)
+
+    def eager() -> Contender:
+        forward = eager_lora(i, nn.Dropout(c.dropout_p) if c.dropout_p else nn.Identity())
+        return contender(
+            forward, rounded_weight(i.weight, i.x.dtype).nbytes, checked=eager_lora(i, given_dropout(i))
+        )  # fmt: skip
+
+    def addmm() -> Contender:
+        return contender(lora_by_addmm(i), i.weight.nbytes)
+
+    makers: dict[str, Callable[[], Contender]] = {**ours(plan, lora_ops), "frozen dense": frozen}
+    if c.weight == "dense":
+        makers |= {"PEFT": peft, "eager PEFT formula": eager}
+    else:
+        makers |= {"PEFT + bitsandbytes": peft}
+    if not c.dropout_p:
+        makers["addmm by hand"] = addmm
+    adapter = str(c.adapter_dtype).removeprefix("torch.")
+    variant = f"{c.weight}, p={c.dropout_p:g}, {adapter} adapter"
+    flops = 4.0 * m * n * k + 6.0 * m * r * (n + k)
+    return Comparison("lora_linear", variant, m, n, k, flops, "frozen dense", makers, r)

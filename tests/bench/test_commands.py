@@ -1,0 +1,179 @@
+"""`python -m bench` and `python3 -m bench.gpu` write their files, survive a broken section and say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.device import child, sections
+from bench.device.checks import CHECKS
+from bench.device.discover import backends_of, registered_ops
+from bench.files import write_json
+from bench.measure import Run
+from bench.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_quick_bench_writes_its_report(tmp_path: Path) -> None:
+    argv = [
+        "bench",
+        "--quick",
+        "--shapes",
+        "64x128",
+        "--tokens",
+        "1,2,5",
+        "--lora-tokens",
+        "5",
+        "--output",
+        str(tmp_path),
+    ]
+    done = _run(*argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["default", "tuned"]
+    assert results["about"]["command"].startswith("python -m bench --quick")
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+    for run in results["runs"]:
+        assert run["ceilings"]["copy_bytes_per_s"] > 0
+        ours = [row for row in run["rows"] if row["contender"] == "lora_ops"]
+        assert {row["op"] for row in ours} == set(SUITES)
+        assert all(row["status"] == "ok" and row["median_ms"] > 0 for row in ours)
+    report = (tmp_path / "report.md").read_text()
+    assert "| **lora_ops**" in report
+    assert (tmp_path / "nf4_linear_time.png").stat().st_size > 1000
+
+
+def test_gpu_suite_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = _run("bench.gpu")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+
+
+def test_gpu_dry_run_walks_every_section(tmp_path: Path) -> None:
+    """From another folder and without PEFT, bitsandbytes, matplotlib or an installed lora_ops, as on a bare machine."""
+    blocker = tmp_path / "site"
+    blocker.mkdir()
+    missing = ("peft", "bitsandbytes", "transformers", "accelerate", "matplotlib", "numpy")
+    (blocker / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n")
+    output = tmp_path / "results"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--output", str(output)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(blocker)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = json.loads((output / "results.json").read_text())["runs"]
+    assert not run["failures"]
+    assert {check["op"] for check in run["checks"]} >= {"lora_linear", "nf4_linear", "quantize_nf4", "dequantize_nf4"}
+    assert {row["op"] for row in run["rows"]} >= {
+        "lora_linear",
+        "nf4_linear",
+        "nf4_linear_dx",
+        "quantize",
+        "dequantize",
+    }
+    assert (output / "report.md").exists()
+
+
+FAKE_CHILD = """
+import json, os, sys, time
+path, sections, fault = sys.argv[1:]
+progress = json.load(open(path))
+for name in sections.split(","):
+    progress["current"] = name
+    progress["run"]["notes"].append("began " + name)
+    json.dump(progress, open(path + ".new", "w"))
+    os.replace(path + ".new", path)
+    if name == "ceilings":
+        exec(fault)
+    progress["done"].append(name)
+progress["current"] = ""
+json.dump(progress, open(path + ".new", "w"))
+os.replace(path + ".new", path)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("os._exit(7)", "status 7"), ("os.kill(os.getpid(), 9)", "status -9"), ("time.sleep(60)", "no sign of life")],
+)
+def test_a_process_that_dies_or_hangs_costs_one_section(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, reason: str
+) -> None:
+    def fake(names: list[str], path: Path, deadline: float, dry_run: bool) -> list[str]:
+        return [sys.executable, "-c", FAKE_CHILD, str(path), ",".join(names), fault]
+
+    monkeypatch.setattr(gpu, "child_command", fake)
+    argv = ["--dry-run", "--sections", "unchecked,ceilings,time quantize", "--silence", "2", "--output", str(tmp_path)]
+    assert gpu.main(argv) == 1
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [failure["section"] for failure in run["failures"]] == ["ceilings"]
+    assert reason in run["failures"][0]["reason"]
+    assert run["notes"] == ["began unchecked", "began ceilings", "began time quantize"]
+
+
+def test_a_process_that_cannot_start_ends_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "child_command", lambda *args: [sys.executable, "-c", "raise SystemExit(5)"])
+    assert gpu.main(["--dry-run", "--sections", "ceilings,unchecked", "--output", str(tmp_path)]) == 1
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [failure["section"] for failure in run["failures"]] == ["ceilings", "unchecked"]
+
+
+def test_a_section_that_raises_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(context: sections.Context):
+        context.run.notes.append("- before")
+        yield "one"
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(sections.SECTIONS, "broken", broken)
+    path = tmp_path / "progress.json"
+    write_json(path, asdict(sections.Progress(Run("test"))))
+    assert child.run_sections(["broken", "ceilings"], path, deadline=float("inf"), dry=True) == 0
+    progress = child.load_progress(path)
+    assert progress.done == ["broken", "ceilings"]
+    assert progress.run.notes == ["- before"]
+    assert "out of luck" in progress.run.failures[0]["reason"]
+    assert progress.run.ceilings
+    assert progress.run.bad
+
+
+def test_sections_after_the_deadline_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "progress.json"
+    write_json(path, asdict(sections.Progress(Run("test"))))
+    assert child.run_sections(["ceilings"], path, deadline=0.0, dry=True) == 0
+    assert child.load_progress(path).skipped == ["ceilings"]
+
+
+def test_discovery_finds_the_ops_and_their_backends() -> None:
+    ops = {op.name: op for op in registered_ops()}
+    assert set(CHECKS) <= set(ops)
+    for op in ops.values():
+        assert backends_of(op, "cuda")["reference"] is None, op.name
+        assert "native" not in backends_of(op, "cuda")
