@@ -107,8 +107,8 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def _weight(module: Any) -> Tensor:
-    # FSDP1 puts plain tensors in the place of Parameters.
-    return module._parameters["weight"] if "weight" in module._parameters else module.weight
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight  # FSDP1 puts plain tensors in the place of Parameters
 
 
 def _qualname(value: object) -> str:
@@ -117,10 +117,9 @@ def _qualname(value: object) -> str:
 
 def _why_not_this_call(parts: Parts, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call, on a layer that is otherwise fused, runs PEFT's math."""
-    if kwargs.get("adapter_names") is not None:
-        return "adapter_names: the call mixes adapters in one batch"
-    if args or any(value is not None for value in kwargs.values()):
-        return f"the call has arguments beside x: {', '.join(kwargs) or len(args)}"
+    given = [key for key, value in kwargs.items() if value is not None]
+    if args or given:  # adapter_names mixes adapters in one batch
+        return f"the call has arguments beside x: {', '.join(given) or len(args)}"
     dtype, device_type = x.dtype, x.device.type
     if not dtype.is_floating_point:
         return f"x: expected a floating dtype, got {dtype_name(dtype)}"

@@ -624,6 +624,19 @@ def test_float64_goes_to_peft_where_adapters_are_float32() -> None:
         layer(torch.ones(2, 64, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_nf4_base_follows_the_dtype_of_x(dtype: torch.dtype) -> None:
+    """As bitsandbytes does, and unlike a dense layer; Qwen2's q_proj has a bias."""
+    layer = first_layer(injected("qwen2", torch.bfloat16, quantize="nf4"))
+    x = torch.randn(2, 64).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert layer.unfused_call is None
+    dense = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
+    expected = nn.functional.linear(x.float(), dense, layer.base_layer.bias.float())
+    torch.testing.assert_close(y.float(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+
+
 def test_embeddings_are_reported() -> None:
     model = injected(target_modules=["q_proj", "embed_tokens"])
     (row,) = lora_ops.injection_report(model).unfused
