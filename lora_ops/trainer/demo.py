@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -241,17 +240,5 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _wait_politely() -> None:
-    """Start this process again with sleeping OpenMP threads, unless the caller chose how they wait.
-
-    OpenMP reads the choice when torch is loaded, which is before this module. Spinning threads gain nothing here, and
-    on two cores that another process used as well they made a training step 12 times slower (2.6 s, not 0.2 s).
-    """
-    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.execv(sys.executable, [sys.executable, "-m", "lora_ops.trainer.demo", *sys.argv[1:]])
-
-
 if __name__ == "__main__":
-    _wait_politely()
     raise SystemExit(main())
