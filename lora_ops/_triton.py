@@ -1,16 +1,19 @@
-"""How Triton kernels are launched: one door, through which the compile gate and the traffic counter watch.
+"""How Triton kernels are launched, and what each op file declares for the proofs in tests/gpu_proof.
 
 Every launcher calls `launch(kernel, grid, ...)`. While `record_launches()` is open the calls are recorded, and with
-`run=False` not executed: the gate compiles exactly the signatures and configs that the real launchers produce.
+`run=False` not executed: the gate compiles exactly the signatures and configs that the real launchers produce. An op's
+triton_impl.py lists the calls to compile in `GATE`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,72 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     for recorder in _recorders:
         recorder.launches.append(Launch(kernel, grid, args, meta))
-    if all(recorder.run for recorder in _recorders):
+    if not all(recorder.run for recorder in _recorders):
+        return
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the operands are
+            kernel[grid](*args, **meta)
+    else:
         kernel[grid](*args, **meta)
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def declines_device(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, or None; for an op's `declines`."""
+    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+        return None
+    return f"triton kernels run on cuda, not on {device.type}"
+
+
+# What the compile gate asks of a kernel's code.
+
+MMA: Mapping[str, str] = {
+    "sm_80": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
+HMMA: Mapping[str, str] = {**MMA, "sm_90": "HMMA", "sm_100": "HMMA"}  # tiles of fewer rows than wgmma's 64
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What a kernel's machine code must show, beyond no spills and no atomics, which hold for all.
+
+    Attributes:
+        mma: the matrix instruction by chip, such as MMA; empty: none is asked for.
+        wide: "load", "store", "load store": streams on that side with 16-byte accesses.
+        exact: bit-exact arithmetic: no contraction to fused multiply-add, no flush of denormals.
+    """
+
+    mma: Mapping[str, str] = field(default_factory=dict)
+    wide: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """Calls of launchers whose kernels the gate compiles for every chip.
+
+    Attributes:
+        name: the config, as the table names it.
+        call: runs the launchers on tensors of the meta device (for which `launch` records and returns).
+        expect: what the code must show; by kernel name where the call launches several kernels.
+        huge: some tensor has more than 2^31 elements: the interpreter also checks every address that the first, middle
+            and last programs touch.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    expect: Expect | Mapping[str, Expect] = Expect()
+    huge: bool = False
+
+    def expects(self, kernel: str) -> Expect:
+        return self.expect if isinstance(self.expect, Expect) else self.expect.get(kernel, Expect())

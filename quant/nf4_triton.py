@@ -140,7 +140,7 @@ def decode_nf4_rounded(packed, DTYPE: tl.constexpr):
 def load_absmax(absmax_ptr, nested_absmax_ptr, offset_ptr, map_ptr, block, mask, NESTED: tl.constexpr):
     """absmax of quantization blocks, fp32, 0 where masked; map_ptr: dynamic_map(signed=True).
 
-    Doubly quantized: map[code] · nested_absmax, rounded, plus the offset, so a kernel that must be bit-exact is launched
+    Doubly quantized: map[code] · nested_absmax, rounded, plus the offset: a kernel that must be bit-exact is launched
     with enable_fp_fusion=False. Without double quantization only absmax_ptr is read.
     """
     if NESTED:
