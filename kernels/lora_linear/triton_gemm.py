@@ -1,0 +1,183 @@
+"""The products that write [M, N]: the low-rank term alone, and a GEMM that starts from it.
+
+    expand      y = scale · D ∘ (T L) + b                      # cuBLAS adds x W to it afterwards: the β=1 route
+    lora_gemm   y = x W + scale · D ∘ (T L) + b                # the low-rank term as one more K-step, one rounding
+
+Forward: T = S, L = Bᵀ, no mask. Backward (dX): T = dY B, L = A, D the mask, x = dY.
+The low-rank term comes first: it is scaled, masked and joined by the bias while the accumulator holds nothing else, so
+that no second accumulator is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_ops._triton import launch
+from lora_ops.kernels.lora_linear.triton_skinny import Dropout, padded_rank, scalar
+from lora_ops.kernels.philox.triton_impl import keep_mask
+
+MAX_BLOCK_R = 64  # ranks of one step: a longer low-rank term takes several
+GROUP_M = 8  # blocks of rows that share their columns of W while those are in L2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile [block_m, block_n] of the output; block_k elements of the sum a step (0: there is none)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Bandwidth-bound: 64 accumulator registers a thread, many programs.
+EXPAND_16BIT = Tile(64, 128, 0, 4, 1)
+EXPAND_32BIT = Tile(32, 64, 0, 4, 1)
+# (128 · 64 + 64 · 128) · 2 bytes = 32 KB a stage: 3 stages fit the 99 KB of sm_89 and sm_120.
+GEMM_16BIT = Tile(128, 128, 64, 8, 3)
+GEMM_32BIT = Tile(64, 64, 16, 8, 2)
+
+
+@triton.jit
+def _low_rank_tile(
+    t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+    stride_lr, stride_ln, SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """scale · D ∘ (T L) + b of one tile, float32."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for r in range(0, R, BLOCK_R):
+        ranks = r + tl.arange(0, BLOCK_R)
+        t = tl.load(
+            t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
+            mask=(rows < M)[:, None] & (ranks < R)[None, :],
+            other=0.0,
+        ).to(DTYPE)
+        low = tl.load(
+            l_ptr + ranks[:, None] * stride_lr + columns.to(tl.int64)[None, :] * stride_ln,
+            mask=(ranks < R)[:, None] & (columns < N)[None, :],
+            other=0.0,
+        ).to(DTYPE)
+        acc = tl.dot(t, low, acc, input_precision="ieee")  # [BLOCK_M, R] @ [R, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+    acc *= scalar(scale, SCALE_POINTER) * keep_scale
+    if DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _expand_kernel(
+    t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, R, stride_lr, stride_ln,
+    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = scale · D ∘ (T L) + b."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(1) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    acc = _low_rank_tile(
+        t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    y_at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def _lora_gemm_kernel(
+    x_ptr, w_ptr, t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, K, R,
+    stride_xm, stride_wk, stride_wn, stride_lr, stride_ln,
+    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """y = x W + scale · D ∘ (T L) + b."""
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first_m = pid // (GROUP_M * blocks_n) * GROUP_M
+    group = tl.minimum(blocks_m - first_m, GROUP_M)
+    in_group = pid % (GROUP_M * blocks_n)
+    rows = (first_m + in_group % group) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = in_group // group * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = _low_rank_tile(
+        t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
+    w_columns = w_ptr + columns.to(tl.int64)[None, :] * stride_wn
+    for k in range(0, K, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + ks[None, :], mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+        w_inside = (ks < K)[:, None] & (columns < N)[None, :]
+        w = tl.load(w_columns + ks.to(tl.int64)[:, None] * stride_wk, mask=w_inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
+    y_at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
+
+
+def expand(
+    t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout, dtype: torch.dtype
+) -> Tensor:
+    """scale · D ∘ (T L) + b in `dtype`.
+
+    Args:
+        t: [M, R], float32, contiguous; rounded to `dtype` as an operand.
+        low: [R, N], any strides; likewise.
+        bias: [N] or None.
+
+    Returns:
+        [M, N].
+    """
+    (m, r), n = t.shape, low.shape[1]
+    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT
+    y = torch.empty(m, n, dtype=dtype, device=t.device)
+    launch(
+        _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
+        t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, n, r, low.stride(0), low.stride(1),
+        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(padded_rank(r), MAX_BLOCK_R),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y
+
+
+def lora_gemm(
+    x: Tensor, w: Tensor, t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout
+) -> Tensor:
+    """x W + scale · D ∘ (T L) + b in x's dtype, rounded once.
+
+    Args:
+        x: [M, K] with unit stride along K.
+        w: [K, N], any strides.
+        t, low, bias: as `expand` takes them.
+
+    Returns:
+        [M, N].
+    """
+    (m, k), r, n = x.shape, t.shape[1], w.shape[1]
+    tile = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    launch(
+        _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
+        x, w, t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, n, k, r, x.stride(0), w.stride(0), w.stride(1), low.stride(0), low.stride(1),
+        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        BLOCK_R=min(padded_rank(r), MAX_BLOCK_R), GROUP_M=GROUP_M,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,136 @@
+"""Linear layer with a low-rank update in Triton. The formulas are those of reference.py.
+
+Passes over an activation beside those of the frozen layer (its own GEMM forward, and dX), with dropout or without:
+
+    forward    S = (D ∘ x) Aᵀ                       1  x read
+               y = x Wᵀ + b + scale · S Bᵀ          0  K-step route      2  β=1 route: y written, read by cuBLAS
+    backward   T = dY B, dB, db                     1  dY read
+               dA = scale · Tᵀ (D ∘ x)              1  x read
+               dX = dY W + scale · D ∘ (T A)        0  K-step route      2  β=1 route
+    together                                        3                    7
+
+β=1 route: the low-rank term and the bias are summed in float32 and rounded once, cuBLAS adds the base product to them
+in its accumulator and rounds once more. K-step route: everything in one accumulator, one rounding. dS = scale · T is
+never formed: scale (and keep_scale) multiply float32 sums, so that operands carry one rounding each.
+An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank term likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ops.kernels.lora_linear.reference import Grads, Needs
+from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
+from lora_ops.kernels.lora_linear.triton_skinny import (
+    MAX_RANK_BOTH,
+    Dropout,
+    padded_rank,
+    reduce_both,
+    reduce_columns,
+    reduce_rows,
+    scale_argument,
+)
+from lora_ops.quant.crossovers import crossovers
+from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4_linear import triton_impl as nf4
+
+MAX_RANK = 256  # the widest accumulator of a skinny kernel
+NO_DROPOUT = Dropout.of(0.0, None)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] in x's dtype and S [..., R] in float32."""
+    (n, _), r = weight.shape, lora_a.shape[0]
+    x2 = nf4.as_rows(x)
+    s = reduce_rows(x2, _adapter(lora_a), Dropout.of(dropout_p, seed))
+    y = _with_base(x2, weight, s, _adapter(lora_b).T, bias, scale_argument(scale), NO_DROPOUT, transposed=True)
+    return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    weight: Tensor | NF4Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> Grads:
+    """dX, dA, dB and db, None where `needs` says so."""
+    needs_x, needs_a, needs_b, needs_bias = needs
+    factor, dropout = scale_argument(scale), Dropout.of(dropout_p, seed)
+    a, b = _adapter(lora_a), _adapter(lora_b)
+    dy2 = nf4.as_rows(dy)
+    t = dx = da = db = dbias = None
+    sum_dtype = dy.dtype if needs_bias else None
+    if needs_b and s is not None:
+        s2 = nf4.as_rows(s)
+        if (needs_x or needs_a) and padded_rank(b.shape[1]) <= MAX_RANK_BOTH:
+            t, db, dbias = reduce_both(dy2, b.T, s2, factor, lora_b.dtype, sum_dtype=sum_dtype)
+        else:
+            db, dbias = reduce_columns(
+                dy2, s2, NO_DROPOUT, factor, lora_b.dtype, rank_first=False, sum_dtype=sum_dtype
+            )  # fmt: skip
+    elif needs_bias:
+        dbias = dy2.sum(0)  # accumulated in float32 and rounded once by torch
+    if t is None and (needs_x or needs_a):
+        t = reduce_rows(dy2, b.T, NO_DROPOUT)  # [M, N] @ [N, R] -> [M, R]
+    if needs_a and x is not None and t is not None:
+        da, _ = reduce_columns(nf4.as_rows(x), t, dropout, factor, lora_a.dtype, rank_first=True)
+    if needs_x and t is not None:
+        dx = _with_base(dy2, weight, t, a, None, factor, dropout, transposed=False)
+        dx = dx.view(*dy.shape[:-1], a.shape[1])
+    return dx, da, db, dbias
+
+
+def _with_base(
+    x: Tensor,
+    weight: Tensor | NF4Tensor,
+    t: Tensor,
+    low: Tensor,
+    bias: Tensor | None,
+    scale: float | Tensor,
+    dropout: Dropout,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """x W + scale · D ∘ (T L) + b, with Wᵀ in the place of W if transposed; x [M, *], t [M, R], low [R, *]."""
+    if isinstance(weight, Tensor):
+        w = weight.T if transposed else weight
+        if x.shape[0] >= crossovers(x.device).kstep_min_m:
+            return lora_gemm(x, w, t, low, bias, scale, dropout)
+        return expand(t, low, bias, scale, dropout, x.dtype).addmm_(x, w)
+    y = expand(t, low, bias, scale, dropout, x.dtype)
+    return nf4.matmul(x, weight, transposed=transposed, add_to=y)
+
+
+def _adapter(t: Tensor) -> Tensor:
+    """lora_a or lora_b as kernels load it: float64, which autocast may bring, is no operand of theirs."""
+    return t.float() if t.dtype == torch.float64 else t
+
+
+def declines(op: str, lead: Tensor, *args: Any) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    lora_a = args[1] if op == "lora_linear" else args[3]
+    if lora_a.shape[0] > MAX_RANK:
+        return f"lora_linear's Triton kernels take ranks up to {MAX_RANK}, not {lora_a.shape[0]}"
+    return nf4.declines(op, lead)
+
+
+IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}

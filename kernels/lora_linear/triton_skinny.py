@@ -1,0 +1,355 @@
+"""Products of an activation with a matrix of rank R, each with one read of the activation.
+
+With D = mask · keep_scale (all ones without dropout), for x [M, K] and any of dY [M, N]:
+    reduce_rows    S[m, r] = Σ_k (D ∘ x)[m, k] A[r, k]         # S, and T = dY B by the strides of B
+    reduce_columns G[k, r] = Σ_m (D ∘ x)[m, k] T[m, r]         # dA, dB; and Σ_m x, the bias' gradient
+    reduce_both    T and G of one operand                      # T = dY B and dB = dYᵀ S from one read of dY
+
+They are bandwidth-bound: at R = 16 an element takes 2 R = 32 FLOPs, 16 a byte, where an H200 is balanced at 206.
+Sums over several programs go through a workspace and are added in one fixed order by a second kernel: no atomics, so
+that results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_ops._triton import launch
+from lora_ops.kernels.philox import keep_scale, threshold
+from lora_ops.kernels.philox.triton_impl import keep_mask
+
+# Programs that a launch aims at when it splits a sum: about one an SM of an H100/H200 (132), and the same number on
+# every chip, so that results do not depend on the chip.
+TARGET_PROGRAMS = 128
+# Largest padded rank for which T and dB share one read of dY. Above it their partial sums, R · 8 · (1 / block_k +
+# 1 / rows of a split) bytes an element, outweigh the 2 bytes of a second read.
+MAX_RANK_BOTH = 64
+REDUCE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile [block_m, block_k] of the activation; num_stages tiles of it are in flight."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """As launch arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# By padded rank. Every tile fits the 99 KB of sm_89/120 and, with one stage less in memory, the 64 KB of gfx942:
+# (x tile + float32 A tile) · stages. block_k shrinks as the A tile grows with R; 8 warps where the accumulator
+# [block_m, R] would not fit into 64 registers a thread of 4.
+ROWS_16BIT = {
+    16: Tile(64, 128, 4, 3),  # (16 + 8) · 3 = 72 KB; 32 KB of x in flight hide 0.8 µs at 4.8 TB/s over 132 SMs
+    32: Tile(64, 64, 4, 3),
+    64: Tile(64, 64, 4, 3),
+    128: Tile(64, 32, 8, 3),
+    256: Tile(64, 32, 8, 2),
+}
+COLUMNS_16BIT = {
+    16: Tile(64, 128, 4, 3),
+    32: Tile(64, 128, 4, 3),
+    64: Tile(64, 128, 4, 2),
+    128: Tile(32, 128, 8, 2),
+    256: Tile(32, 64, 8, 2),
+}
+# block_k is wide because each block of columns writes its own partial T.
+BOTH_16BIT = {
+    16: Tile(32, 256, 4, 3),
+    32: Tile(32, 256, 4, 3),
+    64: Tile(32, 256, 8, 2),
+}
+# float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), whose operands sit in
+# registers: small tiles.
+ROWS_32BIT = {r: Tile(32, 32, 4 if r <= 64 else 8, 2) for r in ROWS_16BIT}
+COLUMNS_32BIT = {r: Tile(32, 32, 4 if r <= 64 else 8, 2) for r in COLUMNS_16BIT}
+BOTH_32BIT = {r: Tile(32, 64, 4, 2) for r in BOTH_16BIT}
+
+
+def padded_rank(r: int) -> int:
+    """The power of two, at least 16 (the smallest matrix instruction), that holds r."""
+    return max(16, triton.next_power_of_2(r))
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """The mask as kernels take it; `seed` is read by them, because reading it here would wait for the GPU."""
+
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
+
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None) -> Dropout:
+        """Without a seed nothing is dropped."""
+        return cls(None, 0, 1.0) if seed is None else cls(seed, threshold(p), keep_scale(p))
+
+    @property
+    def on(self) -> bool:
+        return self.seed is not None
+
+
+def scale_argument(scale: Tensor) -> float | Tensor:
+    """A number if `scale` lives on the CPU, else the tensor, read by the kernel: fetching it would wait for the GPU."""
+    return scale.item() if scale.device.type == "cpu" else scale
+
+
+@triton.jit
+def scalar(value, POINTER: tl.constexpr):
+    """A float32 scalar given by value or by pointer."""
+    if POINTER:
+        return tl.load(value).to(tl.float32)
+    else:  # noqa: RET505 - Triton compiles one branch only in this form
+        return value
+
+
+@triton.jit
+def _load_x(
+    x_ptr, rows, first_column, M, K, stride_xm, seed_ptr, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """mask ∘ x of one tile, 0 outside of [M, K]; keep_scale is left to the end of the sum, in float32."""
+    columns = first_column + tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0)
+    if DROPOUT:
+        keep = keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0, BLOCK_M, BLOCK_K)
+        x = tl.where(keep, x, 0.0)
+    return x
+
+
+@triton.jit
+def _reduce_rows_kernel(
+    x_ptr, a_ptr, s_ptr, seed_ptr, threshold, keep_scale, M, K, R, stride_xm, stride_ar, stride_ak, columns_per_split,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """S[z, m, r] = Σ_k (D ∘ x)[m, k] A[r, k] over the columns k of split z."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    ranks = tl.arange(0, BLOCK_R)
+    begin = split * columns_per_split
+    s = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(begin, tl.minimum(begin + columns_per_split, K), BLOCK_K):
+        x = _load_x(x_ptr, rows, k, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
+        columns = k + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            a_ptr + ranks[:, None] * stride_ar + columns.to(tl.int64)[None, :] * stride_ak,
+            mask=(ranks < R)[:, None] & (columns < K)[None, :],
+            other=0.0,
+        ).to(x.dtype)
+        s = tl.dot(x, tl.trans(a), s, input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R] -> [BLOCK_M, R]
+    s_rows = split.to(tl.int64) * M + rows
+    tl.store(s_ptr + s_rows[:, None] * R + ranks[None, :], s * keep_scale, (rows < M)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def _reduce_columns_kernel(
+    x_ptr, t_ptr, g_ptr, sum_ptr, seed_ptr, threshold, M, K, R, stride_xm, stride_gk, stride_gr, rows_per_split,
+    DROPOUT: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """G[z, k, r] = Σ_m (mask ∘ x)[m, k] T[m, r] and sum[z, k] = Σ_m x[m, k] over the rows m of split z."""
+    first = tl.program_id(0) * BLOCK_K
+    split = tl.program_id(1)
+    columns = first + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    begin = split * rows_per_split
+    g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    total = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        x = _load_x(x_ptr, rows, first, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
+        t = tl.load(
+            t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
+            mask=(rows < M)[:, None] & (ranks < R)[None, :],
+            other=0.0,
+        ).to(x.dtype)
+        g = tl.dot(tl.trans(t), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
+        if SUM:
+            total += tl.sum(x.to(tl.float32), axis=0)
+    g_ptr += split.to(tl.int64) * K * R
+    g_at = ranks[:, None] * stride_gr + columns.to(tl.int64)[None, :] * stride_gk
+    tl.store(g_ptr + g_at, g, (ranks < R)[:, None] & (columns < K)[None, :])
+    if SUM:
+        tl.store(sum_ptr + split.to(tl.int64) * K + columns, total, columns < K)
+
+
+@triton.jit
+def _reduce_both_kernel(
+    x_ptr, b_ptr, s_ptr, t_ptr, g_ptr, sum_ptr, M, K, R, stride_xm, stride_br, stride_bk, rows_per_split,
+    SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Of the columns k of block j and the rows m of split z, with one read of x:
+
+    T[j, m, r] = Σ_k x[m, k] B[r, k],   G[z, k, r] = Σ_m x[m, k] S[m, r],   sum[z, k] = Σ_m x[m, k].
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    first = block * BLOCK_K
+    columns = first + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    begin = split * rows_per_split
+    g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    total = tl.zeros([BLOCK_K], dtype=tl.float32)
+    g_inside = (ranks < R)[:, None] & (columns < K)[None, :]
+    b_at = ranks[:, None] * stride_br + columns.to(tl.int64)[None, :] * stride_bk
+    b = tl.load(b_ptr + b_at, mask=g_inside, other=0.0).to(x_ptr.dtype.element_ty)
+    for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        x = _load_x(x_ptr, rows, first, M, K, stride_xm, x_ptr, 0, False, BLOCK_M, BLOCK_K)
+        t_inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        t_at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        t = tl.dot(x, tl.trans(b), input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R] -> [BLOCK_M, R]
+        tl.store(t_ptr + block.to(tl.int64) * M * R + t_at, t, t_inside)
+        s = tl.load(s_ptr + t_at, mask=t_inside, other=0.0).to(x.dtype)
+        g = tl.dot(tl.trans(s), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
+        if SUM:
+            total += tl.sum(x.to(tl.float32), axis=0)
+    g_at = columns.to(tl.int64)[None, :] * R + ranks[:, None]
+    tl.store(g_ptr + split.to(tl.int64) * K * R + g_at, g, g_inside)
+    if SUM:
+        tl.store(sum_ptr + split.to(tl.int64) * K + columns, total, columns < K)
+
+
+@triton.jit
+def _add_partials_kernel(
+    partial_ptr, out_ptr, scale, factor, n, n_partials, SCALE_POINTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[i] = scale · factor · Σ_z partial[z, i], z ascending."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(n_partials):
+        total += tl.load(partial_ptr + at, mask=at < n, other=0.0)
+        partial_ptr += n
+    total *= scalar(scale, SCALE_POINTER) * factor
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
+
+
+def _tile(table_16bit: dict[int, Tile], table_32bit: dict[int, Tile], dtype: torch.dtype, r: int) -> Tile:
+    return (table_32bit if dtype == torch.float32 else table_16bit)[padded_rank(r)]
+
+
+def _per_split(total: int, block: int, other_programs: int) -> tuple[int, int]:
+    """Elements of a sum of `total` that one split takes, a multiple of block, and the number of splits."""
+    blocks = triton.cdiv(total, block)
+    splits = max(1, min(TARGET_PROGRAMS // max(other_programs, 1), blocks))
+    per_split = triton.cdiv(blocks, splits) * block
+    return per_split, triton.cdiv(total, per_split)
+
+
+def add_partials(
+    partial: Tensor, dtype: torch.dtype, scale: float | Tensor = 1.0, factor: float = 1.0, *, transposed: bool = False
+) -> Tensor:
+    """scale · factor · Σ_z partial[z] in `dtype`; partial is float32 [Z, ...]."""
+    if partial.shape[0] == 1 and dtype == torch.float32 and not isinstance(scale, Tensor) and scale * factor == 1.0:
+        return partial[0]
+    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    pointer = isinstance(scale, Tensor)
+    launch(
+        _add_partials_kernel, (triton.cdiv(out.numel(), REDUCE_BLOCK),),
+        partial, out, scale, factor, out.numel(), partial.shape[0],
+        SCALE_POINTER=pointer, BLOCK=REDUCE_BLOCK, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def reduce_rows(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+    """S = (D ∘ x) Aᵀ, float32.
+
+    Args:
+        x: [M, K] with unit stride along K.
+        a: [R, K], any strides; rounded to x's dtype as an operand.
+
+    Returns:
+        [M, R].
+    """
+    (m, k), r = x.shape, a.shape[0]
+    tile = _tile(ROWS_16BIT, ROWS_32BIT, x.dtype, r)
+    blocks = triton.cdiv(m, tile.block_m)
+    per_split, splits = _per_split(k, tile.block_k, blocks)
+    partial = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    launch(
+        _reduce_rows_kernel, (blocks, splits),
+        x, a, partial, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, k, r, x.stride(0), a.stride(0), a.stride(1), per_split,
+        DROPOUT=dropout.on, BLOCK_R=padded_rank(r), **tile.meta,
+    )  # fmt: skip
+    return add_partials(partial, torch.float32)
+
+
+def reduce_columns(
+    x: Tensor, t: Tensor, dropout: Dropout, scale: float | Tensor, dtype: torch.dtype,
+    *, rank_first: bool, sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """G = scale · (D ∘ x)ᵀ T in `dtype`, and Σ_m x in sum_dtype if that is given.
+
+    Args:
+        x: [M, K] with unit stride along K.
+        t: [M, R], float32, contiguous; rounded to x's dtype as an operand.
+        rank_first: G is [R, K] instead of [K, R].
+
+    Returns:
+        G and the sum [K], or None.
+    """
+    (m, k), r = x.shape, t.shape[1]
+    tile = _tile(COLUMNS_16BIT, COLUMNS_32BIT, x.dtype, r)
+    blocks = triton.cdiv(k, tile.block_k)
+    per_split, splits = _per_split(m, tile.block_m, blocks)
+    partial = torch.empty(splits, *((r, k) if rank_first else (k, r)), dtype=torch.float32, device=x.device)
+    sums = None if sum_dtype is None else torch.empty(splits, k, dtype=torch.float32, device=x.device)
+    launch(
+        _reduce_columns_kernel, (blocks, splits),
+        x, t, partial, sums, dropout.seed, dropout.threshold,
+        m, k, r, x.stride(0), *((1, k) if rank_first else (r, 1)), per_split,
+        DROPOUT=dropout.on, SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
+    )  # fmt: skip
+    g = add_partials(partial, dtype, scale, dropout.keep_scale)
+    return g, None if sums is None else add_partials(sums, sum_dtype)
+
+
+def reduce_both(
+    x: Tensor, b: Tensor, s: Tensor, scale: float | Tensor, dtype: torch.dtype, *, sum_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """T = x Bᵀ in float32, G = scale · xᵀ S in `dtype`, and Σ_m x in sum_dtype if that is given, from one read of x.
+
+    Args:
+        x: [M, K] with unit stride along K.
+        b: [R, K], any strides, R <= MAX_RANK_BOTH; rounded to x's dtype as an operand.
+        s: [M, R], float32, contiguous; rounded to x's dtype as an operand.
+
+    Returns:
+        T [M, R], G [K, R], and the sum [K] or None.
+    """
+    (m, k), r = x.shape, b.shape[0]
+    tile = _tile(BOTH_16BIT, BOTH_32BIT, x.dtype, r)
+    blocks = triton.cdiv(k, tile.block_k)
+    per_split, splits = _per_split(m, tile.block_m, blocks)
+
+    def workspace(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    t, g = workspace(blocks, m, r), workspace(splits, k, r)
+    sums = None if sum_dtype is None else workspace(splits, k)
+    launch(
+        _reduce_both_kernel, (blocks, splits),
+        x, b, s, t, g, sums, m, k, r, x.stride(0), b.stride(0), b.stride(1), per_split,
+        SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
+    )  # fmt: skip
+    total = None if sums is None else add_partials(sums, sum_dtype)
+    return add_partials(t, torch.float32), add_partials(g, dtype, scale), total

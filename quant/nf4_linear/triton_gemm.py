@@ -1,0 +1,282 @@
+"""Products with an NF4 weight that decode it on the way, for few tokens.
+
+    nf4_gemv    y = x Wᵀ + b                       # M <= 4: bandwidth-bound, no matrix instruction
+    nf4_gemm    y = x Wᵀ + b, dX = dY W            # decodes each tile in the loop; sums split in a fixed order
+
+A GEMV of [14336, 4096] reads 33 MB (4.5 bits a weight), 6.9 µs at 4.8 TB/s, and has 3 lane instructions a weight to
+spend (facts.md §3); decoding to fp32 takes 5.6 alone, so it is instruction-bound. The GEMM does 2 M FLOPs a weight,
+and for M <= 64 decoding bounds it too: W is read and decoded once for every block_m tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_ops._triton import launch
+from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4_triton import decode_nf4, load_absmax
+
+# Programs that a split sum aims at: two an SM of an H100/H200; the same on every chip, so that results are too.
+TARGET_PROGRAMS = 256
+MAX_GEMV_M = 4
+ADD_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile [block_m, block_j] of the output, block_i elements of the sum a step."""
+
+    block_m: int
+    block_j: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """As launch arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_J": self.block_j,
+            "BLOCK_I": self.block_i,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# By padded tokens. A decoded tile of 64 × 128 takes 64 fp32 registers a thread of 4 warps while it is decoded.
+GEMM_16BIT = {
+    16: Tile(16, 64, 128, 4, 3),
+    32: Tile(32, 64, 128, 4, 3),
+    64: Tile(64, 64, 64, 4, 3),
+    128: Tile(128, 64, 64, 8, 3),
+}
+# Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
+GEMM_32BIT = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
+GEMV_ROWS = 8
+GEMV_COLUMNS = 512  # 8 rows × 256 bytes, 16 bytes a thread of 4 warps
+
+
+@triton.jit
+def _load_weight(
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, first_row, first_column, N, K,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; 0 outside of [N, K]. ALIGNED: rows hold whole blocks."""
+    rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+    if ALIGNED:
+        SCALES: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
+        at = first_column // 2 + tl.arange(0, COLUMNS // 2)
+        inside = (rows < N)[:, None] & (at < K // 2)[None, :]
+        packed = tl.load(packed_ptr + rows[:, None] * (K // 2) + at[None, :], mask=inside, other=0)
+        even, odd = decode_nf4(packed)
+        blocks = first_column // BLOCK_SIZE + tl.arange(0, SCALES)
+        inside = (rows < N)[:, None] & (blocks < K // BLOCK_SIZE)[None, :]
+        block = rows[:, None] * (K // BLOCK_SIZE) + blocks[None, :]
+        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        absmax = tl.broadcast_to(absmax[:, :, None], [ROWS, SCALES, COLUMNS // 2 // SCALES])
+        absmax = tl.reshape(absmax, [ROWS, COLUMNS // 2])
+        w = tl.reshape(tl.join(even * absmax, odd * absmax), [ROWS, COLUMNS])
+    else:
+        columns = first_column + tl.arange(0, COLUMNS)
+        inside = (rows < N)[:, None] & (columns < K)[None, :]
+        element = rows[:, None] * K + columns[None, :]
+        even, odd = decode_nf4(tl.load(packed_ptr + element // 2, mask=inside, other=0))
+        block = element // BLOCK_SIZE
+        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        w = tl.where(element % 2 == 0, even, odd) * absmax
+    return w
+
+
+@triton.jit
+def _nf4_gemm_kernel(
+    lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, bias_ptr, add_ptr, out_ptr,
+    M, N, K, stride_lm, per_split,
+    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """out[m, j] = Σ_i lhs[m, i] W[i, j] + b[j] + add[m, j], with Wᵀ in the place of W if TRANSPOSED.
+
+    SPLIT: out[z, m, j] is the plain sum over the elements i of split z, fp32.
+    """
+    J = N if TRANSPOSED else K
+    n_terms = K if TRANSPOSED else N
+    first_j = tl.program_id(0) * BLOCK_J
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    dtype: tl.constexpr = lhs_ptr.dtype.element_ty
+    lhs_rows = lhs_ptr + rows.to(tl.int64)[:, None] * stride_lm
+    if TRANSPOSED:
+        acc = tl.zeros([BLOCK_J, BLOCK_M], dtype=tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
+    begin = split * per_split
+    for i in range(begin, tl.minimum(begin + per_split, n_terms), BLOCK_I):
+        at = i + tl.arange(0, BLOCK_I)
+        lhs = tl.load(lhs_rows + at[None, :], mask=(rows < M)[:, None] & (at < n_terms)[None, :], other=0.0)
+        if TRANSPOSED:
+            w = _load_weight(
+                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, first_j, i, N, K,
+                ALIGNED, NESTED, BLOCK_SIZE, BLOCK_J, BLOCK_I,
+            ).to(dtype)  # fmt: skip
+            # Wᵀ is not formed: the tile is the left operand, read as it was decoded.
+            acc = tl.dot(w, tl.trans(lhs), acc, input_precision="ieee")  # [J, I] @ [I, M] -> [J, M]
+        else:
+            w = _load_weight(
+                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, i, first_j, N, K,
+                ALIGNED, NESTED, BLOCK_SIZE, BLOCK_I, BLOCK_J,
+            ).to(dtype)  # fmt: skip
+            acc = tl.dot(lhs, w, acc, input_precision="ieee")  # [M, I] @ [I, J] -> [M, J]
+    if TRANSPOSED:
+        acc = tl.trans(acc)
+    columns = first_j + tl.arange(0, BLOCK_J)
+    inside = (rows < M)[:, None] & (columns < J)[None, :]
+    out_at = rows.to(tl.int64)[:, None] * J + columns[None, :]
+    if SPLIT:
+        out_at += split.to(tl.int64) * M * J
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=columns < J, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        acc += tl.load(add_ptr + out_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _add_splits_kernel(
+    partial_ptr, bias_ptr, add_ptr, out_ptr, n, J, n_partials,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[m, j] = Σ_z partial[z, m, j] + b[j] + add[m, j], z ascending."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(n_partials):
+        total += tl.load(partial_ptr + at, mask=at < n, other=0.0)
+        partial_ptr += n
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + at % J, mask=at < n, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(add_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
+
+
+@triton.jit
+def _nf4_gemv_kernel(
+    x_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, bias_ptr, add_ptr, y_ptr, M, N, K, stride_xm,
+    NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = Σ_k x[m, k] code[n, k] absmax[n, k // BLOCK_SIZE] + b[n] + add[m, n]; W is never rounded to 16 bits."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    HALF: tl.constexpr = BLOCK_K // 2
+    SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
+    acc = tl.zeros([BLOCK_M, BLOCK_N, HALF], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        at = k // 2 + tl.arange(0, HALF)
+        inside = (rows < N)[:, None] & (at < K // 2)[None, :]
+        packed = tl.load(packed_ptr + rows[:, None] * (K // 2) + at[None, :], mask=inside, other=0)
+        even, odd = decode_nf4(packed)
+        blocks = k // BLOCK_SIZE + tl.arange(0, SCALES)
+        inside = (rows < N)[:, None] & (blocks < K // BLOCK_SIZE)[None, :]
+        block = rows[:, None] * (K // BLOCK_SIZE) + blocks[None, :]
+        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], [BLOCK_N, SCALES, HALF // SCALES]), [BLOCK_N, HALF])
+        columns = k + tl.arange(0, BLOCK_K)
+        x_at = tokens.to(tl.int64)[:, None] * stride_xm + columns[None, :]
+        x = tl.load(x_ptr + x_at, mask=(tokens < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
+        x_even, x_odd = tl.split(tl.reshape(x, [BLOCK_M, HALF, 2]))
+        products = even[None, :, :] * x_even[:, None, :] + odd[None, :, :] * x_odd[:, None, :]
+        acc += products * absmax[None, :, :]
+    y = tl.sum(acc, axis=2)  # [BLOCK_M, BLOCK_N]
+    inside = (tokens < M)[:, None] & (rows < N)[None, :]
+    y_at = tokens[:, None] * N + rows[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        y += tl.load(add_ptr + y_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@functools.cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return dynamic_map(signed=True).to(device)
+
+
+def _parts(q: NF4Tensor) -> tuple[Any, ...]:
+    """packed, absmax, nested_absmax, nested_offset and the 8-bit map, as kernels take them."""
+    return q.packed, q.absmax, q.nested_absmax, q.nested_offset, _dynamic_map(q.device) if q.nested else None
+
+
+def aligned(q: NF4Tensor) -> bool:
+    """Whether each row of W holds whole blocks (and so whole bytes)."""
+    return q.shape[1] % q.block_size == 0
+
+
+def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b + add_to in x's dtype.
+
+    Args:
+        x: [M <= 4, K] with unit stride along K.
+        q: (N, K), aligned.
+        bias: [N] or None.
+        add_to: [M, N], contiguous, or None.
+
+    Returns:
+        [M, N].
+    """
+    (m, k), n = x.shape, q.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    launch(
+        _nf4_gemv_kernel, (triton.cdiv(n, GEMV_ROWS),),
+        x, *_parts(q), bias, add_to, y, m, n, k, x.stride(0),
+        NESTED=q.nested, BLOCK_SIZE=q.block_size, HAS_BIAS=bias is not None, ADD=add_to is not None,
+        BLOCK_M=triton.next_power_of_2(m), BLOCK_N=GEMV_ROWS, BLOCK_K=GEMV_COLUMNS, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return y
+
+
+def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None, *, transposed: bool) -> Tensor:
+    """x W + b + add_to in x's dtype, with Wᵀ in the place of W if transposed.
+
+    Args:
+        x: [M, K] (transposed) or [M, N], unit stride along the last dimension.
+        q: (N, K).
+        bias: [N] or [K], or None.
+        add_to: of the result's shape, contiguous, or None.
+
+    Returns:
+        [M, N] (transposed) or [M, K].
+    """
+    (m, i), (n, k) = x.shape, q.shape
+    j = n if transposed else k
+    table = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
+    tile = table[min(max(16, triton.next_power_of_2(m)), 128)]
+    blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
+    steps = triton.cdiv(i, tile.block_i)
+    per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i
+    splits = triton.cdiv(i, per_split)
+    y = torch.empty(m, j, dtype=x.dtype, device=x.device)
+    split = splits > 1
+    partial = torch.empty(splits, m, j, dtype=torch.float32, device=x.device) if split else y
+    launch(
+        _nf4_gemm_kernel, (*blocks, splits),
+        x, *_parts(q), None if split else bias, None if split else add_to, partial, m, n, k, x.stride(0), per_split,
+        TRANSPOSED=transposed, ALIGNED=aligned(q), NESTED=q.nested, BLOCK_SIZE=q.block_size, SPLIT=split,
+        HAS_BIAS=bias is not None and not split, ADD=add_to is not None and not split, **tile.meta,
+    )  # fmt: skip
+    if split:
+        launch(
+            _add_splits_kernel, (triton.cdiv(m * j, ADD_BLOCK),),
+            partial, bias, add_to, y, m * j, j, splits,
+            HAS_BIAS=bias is not None, ADD=add_to is not None, BLOCK=ADD_BLOCK, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return y
