@@ -60,11 +60,11 @@ def _panels(op: str, runs: Sequence[Run]) -> dict[str, list[Row]]:
     return panels
 
 
-def _figure(n: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(n: int, width: float, height: float, *, sharey: bool) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * n, height), layout="constrained")
-    return figure, figure.subplots(1, n, sharey=True, squeeze=False)[0]
+    return figure, figure.subplots(1, n, sharey=sharey, squeeze=False)[0]
 
 
 def _axis_label(label: str, panels: dict[str, list[Row]]) -> str:
@@ -73,7 +73,7 @@ def _axis_label(label: str, panels: dict[str, list[Row]]) -> str:
 
 
 def _curves(path: Path, title: str, label: str, attribute: str, panels: dict[str, list[Row]]) -> None:
-    figure, axes = _figure(len(panels), 5.6, 4.6)
+    figure, axes = _figure(len(panels), 5.6, 4.6, sharey=True)
     for axis, (panel, rows) in zip(axes, panels.items(), strict=True):
         for name in dict.fromkeys(row.contender for row in rows):
             points = [(r.m, getattr(r, attribute)) for r in rows if r.contender == name]
@@ -110,7 +110,7 @@ def _bars(path: Path, title: str, label: str, attribute: str, panels: dict[str, 
     if not any(bars.values()):
         return
     longest = max(len(rows) for rows in bars.values())
-    figure, axes = _figure(len(panels), 6.4, 1.4 + 0.27 * longest)
+    figure, axes = _figure(len(panels), 6.4, 1.4 + 0.27 * longest, sharey=False)
     for axis, (panel, rows) in zip(axes, bars.items(), strict=True):
         y, ticks, position = [], [], 0.0
         previous = None
@@ -127,13 +127,12 @@ def _bars(path: Path, title: str, label: str, attribute: str, panels: dict[str, 
                 f"{value:.3g}", (value, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
             )
         axis.set_yticks(y, ticks, fontsize=8)
-        axis.tick_params(axis="y", labelleft=True)
         axis.invert_yaxis()
         if label == "time":
             axis.set_xscale("log")
         else:
             axis.axvline(1.0, color="#444444", linewidth=1)
-        axis.margins(x=0.12)
+        axis.margins(x=0.18, y=0.02)
         axis.set_xlabel(_axis_label(label, panels))
         axis.set_title(panel, fontsize=10)
         axis.grid(True, axis="x", alpha=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ def prepare(comparison: Comparison) -> tuple[dict[str, Contender], list[Row]]:
 def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Effort) -> list[Row]:
     """Rows of every contender, in the comparison's order."""
     c = comparison
+    gc.collect()  # the last comparison's float64 truth may hang in a cycle; on a GPU that is gigabytes
     ready, rows = prepare(c)
     times = clock.interleave({name: contender.run for name, contender in ready.items()}, effort)
     medians = {name: statistics.median(t) for name, t in times.items()}

@@ -5,6 +5,7 @@ Groups are comparisons; a contender that is wrong is not timed: ours fails, a pe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import OURS, Contender, prepare
+from bench.measure import OURS, prepare
 from bench.plan import Plan
 from bench.suites import SUITES
 
@@ -23,23 +24,35 @@ PLAN = Plan(
     lora_tokens=(512,),
     adapter_dtypes=(torch.bfloat16,),
 )
-CONTENDERS = (OURS, "dense", "frozen dense", "copy of the dense weight", "bitsandbytes", "PEFT", "PEFT + bitsandbytes")
+# Of each op: how many comparisons it yields at one M, and who takes part (a name that one of them lacks is skipped).
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "quantize": (2, (OURS, "bitsandbytes")),
+    "dequantize": (4, (OURS, "copy of the dense weight", "bitsandbytes")),
+    "nf4_linear": (1, (OURS, "dense", "bitsandbytes", "bitsandbytes eval")),
+    "nf4_linear_dx": (1, (OURS, "dense", "bitsandbytes")),
+    "lora_linear": (4, (OURS, "frozen dense", "PEFT", "PEFT + bitsandbytes", "addmm by hand")),
+}
 
 
 def _cases() -> Iterator[Any]:
-    for op in SUITES:
+    for op, (count, contenders) in CASES.items():
         for tokens in PLAN.tokens if op.startswith("nf4_linear") else (None,):
-            for contender in CONTENDERS:
-                yield pytest.param(op, tokens, contender, id="-".join(str(p) for p in (op, tokens, contender) if p))
+            for index, contender in itertools.product(range(count), contenders):
+                label = [op, f"m{tokens}" if tokens else "", str(index) if count > 1 else "", contender]
+                yield pytest.param(op, tokens, index, contender, id="-".join(part for part in label if part))
 
 
-@pytest.mark.parametrize(("op", "tokens", "contender"), _cases())
-def test_op(benchmark: Any, op: str, tokens: int | None, contender: str) -> None:
-    """Time one contender of the first comparison of an op at `tokens`."""
+def test_every_suite_is_here() -> None:
+    assert set(CASES) == set(SUITES)
+
+
+@pytest.mark.parametrize(("op", "tokens", "index", "contender"), _cases())
+def test_op(benchmark: Any, op: str, tokens: int | None, index: int, contender: str) -> None:
+    """Time one contender of one comparison of an op."""
     plan = PLAN if tokens is None else replace(PLAN, tokens=(tokens,))
-    comparison = next(iter(SUITES[op](plan)))
+    comparison = next(itertools.islice(SUITES[op](plan), index, None))
     if contender not in comparison.makers:
-        pytest.skip(f"{op} is not compared with {contender}")
+        pytest.skip(f"{comparison.id} is not compared with {contender}")
     comparison.makers = {contender: comparison.makers[contender]}
     ready, rows = prepare(comparison)
     if rows:
@@ -48,5 +61,4 @@ def test_op(benchmark: Any, op: str, tokens: int | None, contender: str) -> None
             pytest.fail(verdict)
         pytest.skip(verdict)
     benchmark.group = comparison.id
-    timed: Contender = ready[contender]
-    benchmark.pedantic(timed.run, rounds=20, warmup_rounds=2)
+    benchmark.pedantic(ready[contender].run, rounds=20, warmup_rounds=2)

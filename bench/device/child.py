@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import clock_for
-from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, with_backends
 from bench.environment import traceback_text
 from bench.files import write_json
 from bench.report import run_from_dict
@@ -41,9 +41,9 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
         write_json(path, asdict(progress))
         broken = False
         try:
-            context = context or Context(
-                DRY_PLAN if dry else PLAN, clock_for("cpu" if dry else "cuda"), progress.run, dry
-            )
+            if context is None:
+                plan = with_backends(DRY_PLAN if dry else PLAN)
+                context = Context(plan, clock_for(plan.device), progress.run, dry)
             for what in SECTIONS[name](context):
                 print(f"[{name}] {what}", flush=True)
                 write_json(path, asdict(progress))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.measure import Comparison, Contender
+from bench.measure import Comparison, Contender, Unavailable
 from bench.peers import bnb_state, load
 from bench.plan import Plan
 from bench.suites.common import ours, tensor_bytes
@@ -90,6 +90,10 @@ def _dequantize(plan: Plan, q: NF4Tensor, fresh: bool) -> Comparison:
         if fresh:
             return contender(lambda: functional.dequantize_4bit(q.packed, state), q.nbytes)
         target = out()
+        try:
+            functional.dequantize_4bit(q.packed, state, out=target)
+        except NotImplementedError as error:
+            raise Unavailable(f"it has no dequantize into a given tensor on {plan.device}") from error
         return contender(lambda: functional.dequantize_4bit(q.packed, state, out=target), q.nbytes)
 
     def copy() -> Contender:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.ceilings import Ceilings
-from bench.clocks import CpuClock
+from bench.clocks import CpuClock, CudaClock
 from bench.files import write_json, write_with
 from bench.measure import Comparison, Contender, Run, Unavailable, measure
 from bench.plan import Effort, Plan
@@ -88,6 +89,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_with(path, lambda beside: beside.write_text("half") and 1 / 0)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_cuda_clock_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop, on stand-ins for CUDA: a GPU at hand must not be lost to a slip in it."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1024))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    runs = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
+    times = CudaClock("cpu").interleave(runs, Effort(min_rounds=2, max_rounds=2, warmup=0))
+    assert times == {"a": [0.002, 0.002], "b": [0.002, 0.002]}
+    once = ["busy", "event", "a", "event", "wait", "busy", "event", "b", "event", "wait"]
+    assert log == ["a", "b", "wait", *once, *once]
 
 
 def test_ceilings_are_positive() -> None:
