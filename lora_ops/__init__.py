@@ -6,7 +6,6 @@ from lora_ops.inject import eject, inject, injection_report
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.version import __version__
 
-
 __all__ = [
     "BackendError",
     "NF4Tensor",

@@ -29,9 +29,8 @@ def test_trace_tells_backend_dtype_and_count(q: lora_ops.NF4Tensor) -> None:
         ("nf4_linear", "reference", "bfloat16", (3, 16)),
         ("nf4_linear_dx", "reference", "bfloat16", (3, 8)),
     ]
-    assert outer.summary()[0] == {
-        "op": "nf4_linear", "backend": "reference", "device": "cpu", "dtype": "bfloat16", "reason": "asked for", "count": 2,
-    }  # fmt: skip
+    row = {"op": "nf4_linear", "backend": "reference", "device": "cpu", "dtype": "bfloat16", "reason": "asked for"}
+    assert outer.summary()[0] == {**row, "count": 2}
     assert outer.backends("nf4_linear_dx") == {"reference"}
     assert "nf4_linear_dx" in str(outer)
     assert str(lora_ops.Trace()) == "no lora_ops op was called"
