@@ -282,20 +282,6 @@ class LoraModel(lora.LoraModel):
             return LoraNF4Linear(target, adapter_name, lora_config, **kwargs)
         return adopt(lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._checkpoint("activation_checkpointing_enable", *args, **kwargs)
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._checkpoint("gradient_checkpointing_enable", *args, **kwargs)
-
-    def _checkpoint(self, method: str, *args: Any, **kwargs: Any) -> None:
-        # Reentrant checkpointing computes no gradient at all unless an input asks for one, and the base is frozen.
-        options = [*args[:1], *(value for key, value in kwargs.items() if key.endswith("checkpointing_kwargs"))]
-        reentrant = any(isinstance(o, dict) and o.get("use_reentrant", True) for o in options)
-        if reentrant and hasattr(self.model, "enable_input_require_grads"):
-            self.model.enable_input_require_grads()
-        getattr(self.model, method)(*args, **kwargs)
-
 
 def adopt(layer: nn.Module) -> nn.Module:
     """Make PEFT's layer one of ours where it can be, in place."""

@@ -332,6 +332,29 @@ def test_a_second_adapter_on_other_layers_is_fused_too(quantize: str | None) -> 
     logits(model)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_model_that_has_nf4_layers_already(arch: str) -> None:
+    """Such as a merged one: its layers take adapters, first and later ones, if they are plain LoRA."""
+    base = injected(arch, quantize="nf4").merge_and_unload()
+    with pytest.raises(ValueError, match="init_lora_weights: expected True, False or 'gaussian'"):
+        lora_ops.inject(base, init_lora_weights="pissa")
+    y, first, later = logits(base), *(("q_proj", "v_proj") if arch == "llama" else ("c_attn", "c_fc"))
+    model = lora_ops.inject(base, r=4, target_modules=[first])
+    assert_same_logits(model, y)
+    config = {"target_modules": [later], "fan_in_fan_out": arch == "gpt2"}
+    with pytest.raises(ValueError, match="use_dora: an NF4 base layer takes plain LoRA"):
+        model.add_adapter("dora", peft.LoraConfig(use_dora=True, **config))
+    model.add_adapter("second", peft.LoraConfig(**config))
+    model.set_adapter("second")
+    randomize(model, std=0.02)
+    rows = [row for row in lora_ops.injection_report(model) if row.fused and row.name.endswith(later)]
+    assert [row.weight_format for row in rows] == ["nf4", "nf4"]
+    layer = model.get_submodule(rows[0].name)
+    dense = layer.base_layer.dequantize() + layer.get_delta_weight("second")
+    x = torch.randn(2, layer.in_features)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dense, layer.base_layer.bias), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_merge_of_dense_layers_is_that_of_peft(arch: str) -> None:
     ours, theirs = injected(arch), stock(arch)
@@ -382,14 +405,15 @@ def test_nf4_merge_of_two_adapters_rounds_once_and_unmerges_exactly() -> None:
     before = weight_bytes(model)
     layer = first_layer(model)
     dense = layer.base_layer.dequantize() + layer.get_delta_weight("default") + layer.get_delta_weight("second")
-    model.merge_adapter(["default"])
-    model.merge_adapter(["second"])
     expected = lora_ops.functional.quantize_nf4(dense, double_quant=True)
-    torch.testing.assert_close(layer.base_layer.dequantize(), expected.dequantize())
-    assert layer.merged_adapters == ["default", "second"]
-    model.unmerge_adapter()
-    assert weight_bytes(model) == before
-    assert not layer.merged
+    for calls in ([["default", "second"]], [["default"], ["second"]]):
+        for names in calls:
+            model.merge_adapter(names)
+        torch.testing.assert_close(layer.base_layer.dequantize(), expected.dequantize())
+        assert layer.merged_adapters == ["default", "second"]
+        model.unmerge_adapter()
+        assert weight_bytes(model) == before
+        assert not layer.merged
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

@@ -366,6 +366,8 @@ def test_merge_and_exact_unmerge(quantize: str | None, dtype: torch.dtype) -> No
     y, before = layer(x), state_bytes(layer)
     layer.merge()
     assert layer.merged
+    if quantize:
+        assert layer.base_layer.quantized_dtype == dtype
     scale = y.abs().max().item()
     tolerance = {None: 1e-5 if dtype == torch.float32 else 0.02, "nf4": 0.2}[quantize]
     torch.testing.assert_close(layer(x), y, atol=tolerance * scale, rtol=0)
