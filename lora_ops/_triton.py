@@ -2,7 +2,7 @@
 
 Every launcher calls `launch(kernel, grid, ...)`. While `record_launches()` is open the calls are recorded, and with
 `run=False` not executed: the gate compiles exactly the signatures and configs that the real launchers produce. An op's
-triton_impl.py lists the calls to compile in `GATE`.
+triton_impl.py lists the calls to compile: `gate() -> Iterator[GateCase]`.
 """
 
 from __future__ import annotations

@@ -18,23 +18,25 @@ from torch import Tensor
 
 from lora_ops._checks import dtype_name
 from lora_ops._triton import Expect, GateCase, declines_device, launch
-from lora_ops.quant.blockwise8.reference import MIN_ABSMAX, dynamic_map
+from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
 from lora_ops.quant.nf4_triton import decode_nf4
-from lora_ops.quant.stream_triton import load_ragged, store_ragged
+from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-NUM_WARPS = 4
-QUANTIZE_TILE = 4096  # 32 elements a thread: 113 registers on sm_90, nothing spills
-# 64 elements a thread: the permutes' 16 table words cost 1 instruction a weight instead of 2 (sm_90). A tile never
-# crosses one of the 256-block groups of double quantization, which have at least 8192 elements.
-DEQUANTIZE_TILE = 8192
+# 16 elements a thread: two 16-byte loads of 16-bit values. With 32, sm_80 spills.
+QUANTIZE_TILE = 2048
+QUANTIZE_ELEMENTS_A_THREAD = 16
+# 32 elements a thread: four 16-byte stores of 16-bit values. 64 would load the permutes' table words half as often, but
+# takes 96 registers instead of 56 on sm_90, and those loads use the multiply pipe, which has nothing else to do.
+# A tile never crosses one of the 256-block groups of double quantization, which have at least 8192 elements.
+DEQUANTIZE_TILE = 4096
+DEQUANTIZE_WARPS = 4
 # Rows of a decode tile share one absmax; larger blocks are several rows, so block sizes need no kernels of their own.
 MAX_ROW = 64
 
 _T = tl.constexpr(tuple(nf4_thresholds().tolist()))
-_MIN_ABSMAX_BITS = tl.constexpr(int(torch.tensor(MIN_ABSMAX).view(torch.int32)))
 _GROUP = tl.constexpr(NESTED_BLOCK_SIZE)
 
 
@@ -59,15 +61,8 @@ def _quantize_nf4_kernel(w_ptr, packed_ptr, absmax_ptr, n, BLOCK: tl.constexpr, 
     e = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
     w = load_ragged(w_ptr + start, e, left).to(tl.float32)
 
-    # As integers, magnitudes order like floats and NaN comes out above inf instead of being ignored by max.
-    bits = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    absmax = bits.to(tl.float32, bitcast=True)  # [ROWS]
-    clamped = tl.maximum(bits, _MIN_ABSMAX_BITS).to(tl.float32, bitcast=True)
-    v = w * tl.div_rn(tl.full([ROWS], 1.0, tl.float32), clamped)[:, None]
-    if left % BLOCK != 0:  # the last block of the tensor is partial: divided, and absmax clamped
-        partial = (row + 1) * BLOCK > left
-        v = tl.where(partial[:, None], tl.div_rn(w, tl.broadcast_to(clamped[:, None], [ROWS, BLOCK])), v)
-        absmax = tl.where(partial, clamped, absmax)
+    v, absmax, clamped, partial = scale_blocks(w, left)
+    absmax = tl.where(partial, clamped, absmax)  # as the format stores it for a partial block, and only there
     tl.store(absmax_ptr + start // BLOCK + row, absmax, mask=row * BLOCK < left)
 
     even, odd = tl.split(tl.reshape(_encode(v), [ROWS, BLOCK // 2, 2]))
@@ -111,18 +106,12 @@ def _dequantize_nf4_kernel(
     store_ragged(out_ptr + start, e, tl.reshape(value, [TILE // ROW, ROW]), left)
 
 
-@functools.cache
-def nested_table(device: torch.device) -> Tensor:
-    """The 256 values that double-quantized absmax codes stand for, on `device`."""
-    return dynamic_map(signed=True).to(device)
-
-
 def _launch_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
     n, rows = w.numel(), max(1, QUANTIZE_TILE // block_size)
-    grid = (triton.cdiv(n, rows * block_size),)
+    tile = rows * block_size
     launch(
-        _quantize_nf4_kernel, grid, w, packed, absmax, n,
-        BLOCK=block_size, ROWS=rows, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        _quantize_nf4_kernel, (triton.cdiv(n, tile),), w, packed, absmax, n,
+        BLOCK=block_size, ROWS=rows, num_warps=tile // (32 * QUANTIZE_ELEMENTS_A_THREAD), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -150,11 +139,11 @@ def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
     """The same, written into the contiguous `out`."""
     row = min(q.block_size, MAX_ROW)
     n = q.numel()
-    nested = (q.nested_absmax, q.nested_offset, nested_table(q.device)) if q.nested else (None, None, None)
+    nested = (q.nested_absmax, q.nested_offset, map_on(q.device, signed=True)) if q.nested else (None, None, None)
     launch(
         _dequantize_nf4_kernel, (triton.cdiv(n, DEQUANTIZE_TILE),), q.packed, q.absmax, *nested, out, n,
         int(math.log2(q.block_size // row)),
-        NESTED=q.nested, ROW=row, TILE=DEQUANTIZE_TILE, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        NESTED=q.nested, ROW=row, TILE=DEQUANTIZE_TILE, num_warps=DEQUANTIZE_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -191,7 +180,7 @@ def _meta_nf4(n: int, block_size: int, nested: bool) -> NF4Tensor:
 _SMALL, _HUGE = 1 << 20, 3 * 2**31 + 77
 
 
-def _gate() -> Iterator[GateCase]:
+def gate() -> Iterator[GateCase]:
     """Every variant that the launchers can produce: n is passed in 64 bits where 32 do not hold it."""
     for n, huge in ((_SMALL, False), (_HUGE, True)):
         for dtype in DTYPES if not huge else DTYPES[1:2]:
@@ -204,6 +193,3 @@ def _gate() -> Iterator[GateCase]:
                     call = functools.partial(dequantize_nf4, _meta_nf4(n, b, nested), dtype)
                     name = f"dequantize b{b}{' nested' if nested else ''} {suffix}"
                     yield GateCase(name, call, Expect(wide="store", exact=True), huge)
-
-
-GATE = tuple(_gate())

@@ -95,7 +95,10 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
 
 @dataclass
 class KernelTraffic:
-    """Bytes that one kernel moved, lane by lane: an element loaded twice counts twice."""
+    """Bytes that one kernel moved, lane by lane: an element loaded twice counts twice.
+
+    A launch argument called `…table_ptr` is a look-up table of at most 4 KiB, which L1 holds: it counts once a launch.
+    """
 
     launches: int = 0
     loaded: int = 0
@@ -144,8 +147,10 @@ class _Frame:
     ends: np.ndarray
     names: list[str]
     virtual: bool = False
+    tables: tuple[tuple[int, int], ...] = ()
 
 
+MAX_TABLE = 4096
 _frames: list[_Frame] = []
 _counters: list[Traffic] = []
 
@@ -197,7 +202,11 @@ def _frame(kernel: str, tensors: Sequence[tuple[str, tuple[int, int]]], *, virtu
     ordered = sorted(tensors, key=lambda item: item[1])
     begins, ends = (np.array([span[i] for _, span in ordered], dtype=np.uint64) for i in range(2))
     # Views of one storage overlap: an address may lie in any tensor that begins before it.
-    return _Frame(kernel, begins, np.maximum.accumulate(ends) if len(ends) else ends, [n for n, _ in ordered], virtual)
+    ends = np.maximum.accumulate(ends) if len(ends) else ends
+    tables = tuple(span for name, span in ordered if name.endswith("table_ptr"))
+    if large := [name for name, (begin, end) in ordered if name.endswith("table_ptr") and end - begin > MAX_TABLE]:
+        raise ValueError(f"{kernel}: {', '.join(large)} is larger than a table that L1 holds ({MAX_TABLE} bytes)")
+    return _Frame(kernel, begins, ends, [n for n, _ in ordered], virtual, tables)
 
 
 def _access(kind: str, ptrs: Any, mask: np.ndarray) -> None:
@@ -212,7 +221,8 @@ def _access(kind: str, ptrs: Any, mask: np.ndarray) -> None:
     for traffic in _counters:
         k = traffic.kernels.setdefault(frame.kernel, KernelTraffic())
         if kind == "load":
-            k.loaded += addresses.size * size
+            from_table = any(begin <= addresses[0] < end for begin, end in frame.tables) if addresses.size else False
+            k.loaded += 0 if from_table else addresses.size * size
         else:
             k.stored += addresses.size * size
 
@@ -252,7 +262,9 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     name = self.fn.__name__
     _frames.append(_frame(name, [(n, _span(t)) for n, t in _tensors(bound)]))
     for traffic in _counters:
-        traffic.kernels.setdefault(name, KernelTraffic()).launches += 1
+        k = traffic.kernels.setdefault(name, KernelTraffic())
+        k.launches += 1
+        k.loaded += sum(end - begin for begin, end in _frames[-1].tables)
     try:
         return _ORIGINALS["__call__"](self, *args, **kwargs)
     except ti.InterpreterError as e:
