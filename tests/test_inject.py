@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -482,25 +483,30 @@ def test_quantize_an_existing_peft_model() -> None:
     lora_ops.inject(model, quantize="nf4")  # a second time there is nothing to do
 
 
-def test_bitsandbytes_layers_are_converted_over_the_same_bytes() -> None:
+def bnb_model(**config: object) -> nn.Module:
+    """Qwen2 (with biases) whose q_proj is bitsandbytes nf4 and k_proj fp4, as PEFT takes a model loaded in 4 bits."""
     bnb = pytest.importorskip("bitsandbytes")
-    base = models.llama()
+    base = models.qwen2()
     for layer in base.model.layers:
         for name, quant_type in (("q_proj", "nf4"), ("k_proj", "fp4")):
             linear = getattr(layer.self_attn, name)
-            quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type=quant_type)
-            quantized.weight.data = linear.weight.data
+            quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type=quant_type)
+            quantized.weight.data, quantized.bias = linear.weight.data, linear.bias
             setattr(layer.self_attn, name, quantized.to("cpu"))
     base.is_loaded_in_4bit = True
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
-    model = randomize(peft.get_peft_model(base, config))
+    targets = ["q_proj", "k_proj", "v_proj"]
+    return randomize(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, **config)))
+
+
+def test_bitsandbytes_layers_are_converted_over_the_same_bytes() -> None:
+    model = bnb_model()
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear4bit)]
     assert len(layers) == 4
     states = [{k: (v.data_ptr(), v.clone()) for k, v in m.base_layer.state_dict().items()} for m in layers]
     lora_ops.inject(model)
-    for layer, state in zip(layers, states, strict=True):
-        if not isinstance(layer.base_layer, NF4Linear):
-            continue
+    converted = [(m, state) for m, state in zip(layers, states, strict=True) if isinstance(m.base_layer, NF4Linear)]
+    assert len(converted) == 2
+    for layer, state in converted:
         after = layer.base_layer.state_dict()
         assert list(after) == list(state)
         assert all(torch.equal(after[k], v) for k, (_, v) in state.items())
@@ -510,10 +516,24 @@ def test_bitsandbytes_layers_are_converted_over_the_same_bytes() -> None:
     assert (rows["v_proj"].fused, rows["v_proj"].weight_format) == (True, "dense float32")
     assert not rows["k_proj"].fused
     assert "bnb.Linear4bit" in rows["k_proj"].reason
-    torch.manual_seed(0)
     logits(model.train())
     lora_ops.eject(model)
     assert type(layers[0]) is peft.tuners.lora.Linear
+
+
+def test_bitsandbytes_layers_with_dora_stay_bitsandbytes() -> None:
+    model = bnb_model(use_dora=True)
+    lora_ops.inject(model)
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
+    assert len(lora_ops.injection_report(model).unfused) == 6
+
+
+def test_inject_warns_of_nothing() -> None:
+    """PEFT warns where fan_in_fan_out does not fit Conv1D."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for arch in ARCHITECTURES:
+            lora_ops.inject(models.DECODERS[arch](), quantize="nf4")
 
 
 def test_pissa_quantizes_the_residual() -> None:
