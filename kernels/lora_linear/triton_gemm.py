@@ -21,7 +21,8 @@ from lora_ops._triton import launch
 from lora_ops.kernels.lora_linear.triton_skinny import Dropout, padded_rank, scalar
 from lora_ops.kernels.philox.triton_impl import keep_mask
 
-MAX_BLOCK_R = 64  # ranks of one step: a longer low-rank term takes several
+# Ranks of one step, whose operands stand in registers: a longer low-rank term takes several.
+MAX_BLOCK_R = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
 GROUP_M = 8  # blocks of rows that share their columns of W while those are in L2
 
 
@@ -40,8 +41,7 @@ class Tile:
 EXPAND_16BIT = Tile(64, 128, 0, 4, 1)
 EXPAND_32BIT = Tile(32, 64, 0, 4, 1)
 # (128 · 64 + 64 · 128) · 2 bytes = 32 KB a stage: 3 stages fit the 99 KB of sm_89 and sm_120.
-GEMM_16BIT = Tile(128, 128, 64, 8, 3)
-GEMM_32BIT = Tile(64, 64, 16, 8, 2)
+GEMM = Tile(128, 128, 64, 8, 3)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _low_rank_tile(
 ):  # fmt: skip
     """scale · D ∘ (T L) + b of one tile, float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for r in range(0, R, BLOCK_R):
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):  # a few steps: buffers to pipeline them would be wasted
         ranks = r + tl.arange(0, BLOCK_R)
         t = tl.load(
             t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
@@ -60,7 +60,7 @@ def _low_rank_tile(
             other=0.0,
         ).to(DTYPE)
         low = tl.load(
-            l_ptr + ranks[:, None] * stride_lr + columns.to(tl.int64)[None, :] * stride_ln,
+            l_ptr + ranks[:, None] * stride_lr + columns[None, :] * stride_ln,
             mask=(ranks < R)[:, None] & (columns < N)[None, :],
             other=0.0,
         ).to(DTYPE)
@@ -149,7 +149,7 @@ def expand(
         t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
         m, n, r, low.stride(0), low.stride(1),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(padded_rank(r), MAX_BLOCK_R),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(padded_rank(r), MAX_BLOCK_R[dtype]),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y
@@ -161,7 +161,7 @@ def lora_gemm(
     """x W + scale · D ∘ (T L) + b in x's dtype, rounded once.
 
     Args:
-        x: [M, K] with unit stride along K.
+        x: [M, K] of 16 bits with unit stride along K (float32 has no matrix instruction of its accuracy: expand).
         w: [K, N], any strides.
         t, low, bias: as `expand` takes them.
 
@@ -169,7 +169,7 @@ def lora_gemm(
         [M, N].
     """
     (m, k), r, n = x.shape, t.shape[1], w.shape[1]
-    tile = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
+    tile = GEMM
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
         _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
@@ -177,7 +177,7 @@ def lora_gemm(
         m, n, k, r, x.stride(0), w.stride(0), w.stride(1), low.stride(0), low.stride(1),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_R=min(padded_rank(r), MAX_BLOCK_R), GROUP_M=GROUP_M,
+        BLOCK_R=min(padded_rank(r), MAX_BLOCK_R[x.dtype]), GROUP_M=GROUP_M,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

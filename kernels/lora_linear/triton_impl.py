@@ -17,24 +17,26 @@ An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_ops._checks import dtype_name
+from lora_ops._triton import HMMA, MMA, Expect, GateCase
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
-    MAX_RANK_BOTH,
     Dropout,
-    padded_rank,
+    reads_once,
     reduce_both,
     reduce_columns,
     reduce_rows,
     scale_argument,
 )
-from lora_ops.quant.crossovers import crossovers
+from lora_ops.quant.crossovers import crossovers, force
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl as nf4
 
@@ -81,7 +83,7 @@ def lora_linear_backward(
     sum_dtype = dy.dtype if needs_bias else None
     if needs_b and s is not None:
         s2 = nf4.as_rows(s)
-        if (needs_x or needs_a) and padded_rank(b.shape[1]) <= MAX_RANK_BOTH:
+        if (needs_x or needs_a) and reads_once(dy.dtype, b.shape[1]):
             t, db, dbias = reduce_both(dy2, b.T, s2, factor, lora_b.dtype, sum_dtype=sum_dtype)
         else:
             db, dbias = reduce_columns(
@@ -113,7 +115,7 @@ def _with_base(
     """x W + scale · D ∘ (T L) + b, with Wᵀ in the place of W if transposed; x [M, *], t [M, R], low [R, *]."""
     if isinstance(weight, Tensor):
         w = weight.T if transposed else weight
-        if x.shape[0] >= crossovers(x.device).kstep_min_m:
+        if x.dtype != torch.float32 and x.shape[0] >= crossovers(x.device).kstep_min_m:
             return lora_gemm(x, w, t, low, bias, scale, dropout)
         return expand(t, low, bias, scale, dropout, x.dtype).addmm_(x, w)
     y = expand(t, low, bias, scale, dropout, x.dtype)
@@ -121,8 +123,11 @@ def _with_base(
 
 
 def _adapter(t: Tensor) -> Tensor:
-    """lora_a or lora_b as kernels load it: float64, which autocast may bring, is no operand of theirs."""
-    return t.float() if t.dtype == torch.float64 else t
+    """lora_a or lora_b as kernels load it: not of float64, which autocast may bring, and within 32-bit offsets."""
+    if t.dtype == torch.float64:
+        t = t.float()
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t if reach < 2**31 else t.contiguous()
 
 
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:
@@ -134,3 +139,46 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
 
 
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}
+
+
+def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs) -> None:
+    """Forward and backward on tensors that only have shapes."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, dy, w = meta(m, k, dtype=dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype)
+    adapter = meta(r, k), meta(n, r), torch.tensor(2.0)
+    seed = meta(dtype=torch.int64) if p else None
+    with force(kstep_min_m=0 if kstep else 2**62):
+        _, s = lora_linear(x, w, *adapter, meta(n, dtype=dtype), p, seed)
+        lora_linear_backward(dy, x, s, w, *adapter, p, seed, needs)
+
+
+def gate() -> Iterator[GateCase]:
+    """Every tile, with and without dropout; every dtype; tensors of more than 2^31 elements."""
+    every, frozen_b = (True, True, True, True), (True, True, False, False)
+    cases = [(r, torch.bfloat16, p, every) for r in (16, 32, 64, 128, 256) for p in (0.0, 0.1)]
+    cases += [(r, torch.float32, 0.1, every) for r in (16, 64, 128, 256)]
+    cases += [(16, torch.float16, 0.1, every), (16, torch.bfloat16, 0.1, frozen_b)]
+    for r, dtype, p, needs in cases:
+        mma = {}
+        if dtype != torch.float32:
+            mma = {
+                "_reduce_rows_kernel": Expect(mma=MMA, wide="load" if r < 256 else ""),  # compute-bound at 256
+                "_reduce_columns_kernel": Expect(mma=MMA if r >= 64 else HMMA, wide="load"),
+                "_reduce_both_kernel": Expect(mma=HMMA, wide="load store"),
+                "_expand_kernel": Expect(mma=MMA, wide="store"),
+                "_lora_gemm_kernel": Expect(mma=MMA, wide="load store"),
+            }
+        for kstep in (False, True) if dtype != torch.float32 and needs == every else (False,):
+            name = (
+                f"r{r} {dtype_name(dtype)}" + f" p={p}" * bool(p) + " K-step" * kstep + " frozen B" * (needs != every)
+            )
+            call = functools.partial(_gate_call, 8192, 4096, 4096, r, dtype, p, kstep=kstep, needs=needs)
+            yield GateCase(name, call, mma)
+    for kstep in (False, True):
+        call = functools.partial(
+            _gate_call, 600_000, 4096, 4096, 16, torch.bfloat16, 0.1, kstep=kstep, needs=every
+        )  # fmt: skip
+        yield GateCase("M · K > 2^31" + " K-step" * kstep, call, huge=True)

@@ -26,9 +26,6 @@ from lora_ops.kernels.philox.triton_impl import keep_mask
 # Programs that a launch aims at when it splits a sum: about one an SM of an H100/H200 (132), and the same number on
 # every chip, so that results do not depend on the chip.
 TARGET_PROGRAMS = 128
-# Largest padded rank for which T and dB share one read of dY. Above it their partial sums, R · 8 · (1 / block_k +
-# 1 / rows of a split) bytes an element, outweigh the 2 bytes of a second read.
-MAX_RANK_BOTH = 64
 REDUCE_BLOCK = 1024
 
 
@@ -56,11 +53,11 @@ class Tile:
 # (x tile + float32 A tile) · stages. block_k shrinks as the A tile grows with R; 8 warps where the accumulator
 # [block_m, R] would not fit into 64 registers a thread of 4.
 ROWS_16BIT = {
-    16: Tile(64, 128, 4, 3),  # (16 + 8) · 3 = 72 KB; 32 KB of x in flight hide 0.8 µs at 4.8 TB/s over 132 SMs
-    32: Tile(64, 64, 4, 3),
-    64: Tile(64, 64, 4, 3),
+    16: Tile(64, 128, 8, 3),  # (16 + 8) · 3 = 72 KB; 32 KB of x in flight hide 0.8 µs at 4.8 TB/s over 132 SMs
+    32: Tile(64, 64, 8, 3),
+    64: Tile(64, 32, 8, 4),
     128: Tile(64, 32, 8, 3),
-    256: Tile(64, 32, 8, 2),
+    256: Tile(64, 16, 8, 3),
 }
 COLUMNS_16BIT = {
     16: Tile(64, 128, 4, 3),
@@ -72,14 +69,22 @@ COLUMNS_16BIT = {
 # block_k is wide because each block of columns writes its own partial T.
 BOTH_16BIT = {
     16: Tile(32, 256, 4, 3),
-    32: Tile(32, 256, 4, 3),
+    32: Tile(32, 256, 8, 3),
     64: Tile(32, 256, 8, 2),
 }
-# float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), whose operands sit in
-# registers: small tiles.
-ROWS_32BIT = {r: Tile(32, 32, 4 if r <= 64 else 8, 2) for r in ROWS_16BIT}
-COLUMNS_32BIT = {r: Tile(32, 32, 4 if r <= 64 else 8, 2) for r in COLUMNS_16BIT}
-BOTH_32BIT = {r: Tile(32, 64, 4, 2) for r in BOTH_16BIT}
+# float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
+# operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
+ROWS_32BIT = {r: Tile(16 if r > 64 else 32, 16, 8 if r == 256 else 4, 2) for r in ROWS_16BIT}
+COLUMNS_32BIT = {r: Tile(16, 16 if r > 64 else 32, 8 if r == 256 else 4, 2) for r in COLUMNS_16BIT}
+
+
+def reads_once(dtype: torch.dtype, r: int) -> bool:
+    """Whether `reduce_both` serves; else `reduce_rows` and `reduce_columns` read the activation once each.
+
+    Above rank 64 the partial sums, R · 8 · (1 / block_k + 1 / rows of a split) bytes an element, outweigh the second
+    read's 2 bytes.
+    """
+    return dtype != torch.float32 and padded_rank(r) in BOTH_16BIT
 
 
 def padded_rank(r: int) -> int:
@@ -149,7 +154,7 @@ def _reduce_rows_kernel(
         x = _load_x(x_ptr, rows, k, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
         columns = k + tl.arange(0, BLOCK_K)
         a = tl.load(
-            a_ptr + ranks[:, None] * stride_ar + columns.to(tl.int64)[None, :] * stride_ak,
+            a_ptr + ranks[:, None] * stride_ar + columns[None, :] * stride_ak,
             mask=(ranks < R)[:, None] & (columns < K)[None, :],
             other=0.0,
         ).to(x.dtype)
@@ -208,7 +213,7 @@ def _reduce_both_kernel(
     g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
     g_inside = (ranks < R)[:, None] & (columns < K)[None, :]
-    b_at = ranks[:, None] * stride_br + columns.to(tl.int64)[None, :] * stride_bk
+    b_at = ranks[:, None] * stride_br + columns[None, :] * stride_bk
     b = tl.load(b_ptr + b_at, mask=g_inside, other=0.0).to(x_ptr.dtype.element_ty)
     for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -329,15 +334,15 @@ def reduce_both(
     """T = x Bᵀ in float32, G = scale · xᵀ S in `dtype`, and Σ_m x in sum_dtype if that is given, from one read of x.
 
     Args:
-        x: [M, K] with unit stride along K.
-        b: [R, K], any strides, R <= MAX_RANK_BOTH; rounded to x's dtype as an operand.
+        x: [M, K] with unit stride along K; `reads_once(x.dtype, R)`.
+        b: [R, K], any strides; rounded to x's dtype as an operand.
         s: [M, R], float32, contiguous; rounded to x's dtype as an operand.
 
     Returns:
         T [M, R], G [K, R], and the sum [K] or None.
     """
     (m, k), r = x.shape, b.shape[0]
-    tile = _tile(BOTH_16BIT, BOTH_32BIT, x.dtype, r)
+    tile = BOTH_16BIT[padded_rank(r)]
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
 
