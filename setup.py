@@ -23,17 +23,21 @@ SOURCE_DIR = Path("csrc/cpu")
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"
 ]  # fmt: skip
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+    # g++ 12 warns inside its own intrinsics header (its bug 105593).
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 # Each instruction set is one source file; the choice between them is made at run time.
 X86_SOURCES = {
-    "avx2.cpp": ["-mavx2", "-mf16c"],
-    # -Wno-*uninitialized: g++ 12 warns inside its own intrinsics header (its bug 105593).
-    "avx512.cpp": [
-        "-mavx2",
-        "-mf16c",
-        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-    ],
+    "avx2.cpp": AVX2_FLAGS,
+    "avx512.cpp": AVX512_FLAGS,
+    "lora_avx2.cpp": AVX2_FLAGS,
+    "lora_avx512.cpp": AVX512_FLAGS,
+    "lora_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 # torch comes first: the library then uses the OpenMP runtime, and so the threads, that torch has loaded.
@@ -22,7 +22,7 @@ ABI_VERSION = 1
 LIBRARY_PATH = Path(__file__).with_name("_liblora_ops.so")
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 
-ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2}
+ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 _ISA_AUTO = -1
 _NONFINITE = 2
 _DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -43,6 +43,24 @@ class NF4Weight(Structure):
     )
 
 
+class Adapter(Structure):
+    """`lora_ops_adapter`: pointers into tensors, which the caller keeps alive."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("a_dtype", c_int),
+        ("b_dtype", c_int),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("r", c_int64),
+        ("scale", c_float),
+        ("threshold", c_uint32),
+        ("seed", c_uint64),
+        ("offset", c_uint32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_get_isa": (),
     "lora_ops_supports_isa": (c_int,),
@@ -51,6 +69,14 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
     "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
     "lora_ops_blockwise8_dequantize": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "lora_ops_lora_forward": (
+        *(POINTER(Adapter), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int),
+    ),
+    "lora_ops_lora_backward": (
+        *(POINTER(Adapter), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_int, c_int),
+    ),
+    "lora_ops_dropout_mask": (c_uint64, c_uint32, c_uint32, c_int64, c_int64, c_int64, c_void_p),
 }
 
 
@@ -212,3 +238,76 @@ def blockwise8_dequantize(codes: Tensor, absmax: Tensor, block_size: int, code_m
         torch.get_num_threads(),
     )
     _check(status, "blockwise8_dequantize", "codes")
+
+
+def adapter(
+    lora_a: Tensor, lora_b: Tensor, scale: float, threshold: int = 0, seed: int = 0, offset: int = 0
+) -> Adapter:
+    """The C view of an adapter: lora_a [R, K] and lora_b [N, R], both contiguous, and its dropout."""
+    (n, r), k = lora_b.shape, lora_a.shape[1]
+    pointers = lora_a.data_ptr(), lora_b.data_ptr(), _DTYPES[lora_a.dtype], _DTYPES[lora_b.dtype]
+    return Adapter(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
+
+
+def lora_forward(low_rank: Adapter, x: Tensor, s: Tensor, y: Tensor) -> None:
+    """s fp32 [M, R] = drop(x) Aᵀ and y [M, N] += scale · s Bᵀ; x and y have unit stride along their last dimension."""
+    status = library().lora_ops_lora_forward(
+        byref(low_rank),
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        s.data_ptr(),
+        y.data_ptr(),
+        y.stride(0),
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status, "lora_forward", "x")
+
+
+def lora_backward(
+    low_rank: Adapter,
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    *,
+    dx: Tensor | None = None,
+    dlora_a: Tensor | None = None,
+    dlora_b: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> None:
+    """With dS = scale · dY B: dx += drop(dS A), dlora_a = dSᵀ drop(x), dlora_b = scale · dYᵀ s, dbias = Σ_m dY.
+
+    Outputs that are None are not computed. dy, x and dx have unit stride along their last dimension; the others are
+    contiguous.
+    """
+    status = library().lora_ops_lora_backward(
+        byref(low_rank),
+        dy.data_ptr(),
+        dy.shape[0],
+        dy.stride(0),
+        _pointer(x),
+        0 if x is None else x.stride(0),
+        _pointer(s),
+        _pointer(dx),
+        0 if dx is None else dx.stride(0),
+        _pointer(dlora_a),
+        _pointer(dlora_b),
+        _pointer(dbias),
+        _DTYPES[dy.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status, "lora_backward", "dy")
+
+
+def dropout_mask(rows: slice, k: int, threshold: int, seed: int, offset: int, bits: Tensor) -> None:
+    """Bits of the rows of a mask: bits uint8 [rows, ceil(k / 8)], the lowest bit of a byte first."""
+    n_rows = rows.stop - rows.start
+    status = library().lora_ops_dropout_mask(
+        seed & (2**64 - 1), offset, threshold, rows.start, n_rows, k, bits.data_ptr()
+    )
+    _check(status, "dropout_mask", "rows")
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()

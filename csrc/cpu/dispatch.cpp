@@ -27,20 +27,23 @@ bool machine_has(int isa) {
     unsigned eax, ebx, ecx, edx;
     const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
     // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
-    const bool avx2 = f16c && __builtin_cpu_supports("avx2");
+    const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == LORA_OPS_ISA_AVX2) return avx2;
-    if (isa == LORA_OPS_ISA_AVX512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == LORA_OPS_ISA_AVX512) return avx512;
+    if (isa == LORA_OPS_ISA_AVX512_BF16) {
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     }
 #endif
     return false;
 }
 
 int best_isa() {
-    static const int best = machine_has(LORA_OPS_ISA_AVX512) ? LORA_OPS_ISA_AVX512
-                            : machine_has(LORA_OPS_ISA_AVX2) ? LORA_OPS_ISA_AVX2
-                                                             : LORA_OPS_ISA_PORTABLE;
+    static const int best = machine_has(LORA_OPS_ISA_AVX512_BF16) ? LORA_OPS_ISA_AVX512_BF16
+                            : machine_has(LORA_OPS_ISA_AVX512)    ? LORA_OPS_ISA_AVX512
+                            : machine_has(LORA_OPS_ISA_AVX2)      ? LORA_OPS_ISA_AVX2
+                                                                  : LORA_OPS_ISA_PORTABLE;
     return best;
 }
 
@@ -53,7 +56,8 @@ const Kernels& kernels() {
 #if defined(LORA_OPS_X86)
     switch (current_isa()) {
         case LORA_OPS_ISA_AVX2: return kAvx2Kernels;
-        case LORA_OPS_ISA_AVX512: return kAvx512Kernels;
+        case LORA_OPS_ISA_AVX512:
+        case LORA_OPS_ISA_AVX512_BF16: return kAvx512Kernels;
     }
 #endif
     return kPortableKernels;

@@ -25,6 +25,7 @@ typedef enum {
     LORA_OPS_BAD_ARGUMENT = 1,
     LORA_OPS_NONFINITE = 2,       /* an input holds inf or NaN */
     LORA_OPS_UNSUPPORTED_ISA = 3, /* this machine, or this build, lacks the instruction set */
+    LORA_OPS_NO_MEMORY = 4,
 } lora_ops_status;
 
 typedef enum {
@@ -36,8 +37,9 @@ typedef enum {
 typedef enum {
     LORA_OPS_ISA_AUTO = -1, /* the best that the machine has */
     LORA_OPS_ISA_PORTABLE = 0,
-    LORA_OPS_ISA_AVX2 = 1,   /* AVX2, F16C */
-    LORA_OPS_ISA_AVX512 = 2, /* AVX-512 F, BW, DQ, VL */
+    LORA_OPS_ISA_AVX2 = 1,        /* AVX2, FMA, F16C */
+    LORA_OPS_ISA_AVX512 = 2,      /* AVX-512 F, BW, DQ, VL */
+    LORA_OPS_ISA_AVX512_BF16 = 3, /* and BF16, VBMI */
 } lora_ops_isa;
 
 /* An NF4 tensor, flat in row-major order: element 2i in the high nibble of byte i, element 2i + 1 in the low one.
@@ -52,6 +54,20 @@ typedef struct {
     float nested_offset;
     int64_t block_size; /* a multiple of 32 */
 } lora_ops_nf4_weight;
+
+/* The low-rank part of a linear layer. Element (m, k) of its input is kept if Philox 4x32-10 with key seed and counter
+ * (k / 8, m, offset, 0) gives it a 16-bit lane of at least threshold (0: no dropout), and then scaled so that the mean
+ * stays; see kernels/philox/reference.py. */
+typedef struct {
+    const void* a; /* A [r, k], contiguous */
+    const void* b; /* B [n, r], contiguous */
+    int a_dtype, b_dtype;
+    int64_t n, k, r;
+    float scale;
+    uint32_t threshold; /* <= 65536 */
+    uint64_t seed;
+    uint32_t offset;
+} lora_ops_adapter;
 
 LORA_OPS_API int lora_ops_abi_version(void);
 
@@ -78,6 +94,21 @@ LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t
 /* codes [n] -> out [n]: map[code] * absmax in fp32. */
 LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
                                                 int64_t block_size, const float* map, float* out, int n_threads);
+
+/* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] += scale s Bᵀ. x and y are of dtype, their rows stride_x and stride_y
+ * elements apart. A and B may be rounded to dtype as operands; sums are fp32. Scratch is kept until the thread ends. */
+LORA_OPS_API int lora_ops_lora_forward(const lora_ops_adapter* adapter, const void* x, int64_t m, int64_t stride_x,
+                                       float* s, void* y, int64_t stride_y, int dtype, int n_threads);
+
+/* With ds = scale dy B: dx [m, k] += drop(ds A), da [r, k] = dsᵀ drop(x) and db [n, r] = scale dyᵀ s of A's and B's
+ * dtypes, dbias [n] = sum of dy's rows. A null output is not computed; x serves da only, s db only. */
+LORA_OPS_API int lora_ops_lora_backward(const lora_ops_adapter* adapter, const void* dy, int64_t m, int64_t stride_dy,
+                                        const void* x, int64_t stride_x, const float* s, void* dx, int64_t stride_dx,
+                                        void* da, void* db, void* dbias, int dtype, int n_threads);
+
+/* Rows [first_row, first_row + rows) of the mask: bit j of byte i of a row's ceil(k / 8) belongs to column 8 i + j. */
+LORA_OPS_API int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, int64_t first_row,
+                                       int64_t rows, int64_t k, uint8_t* bits);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,8 @@
-"""Linear layer with a low-rank update on the CPU: base products by torch's GEMM, the low-rank terms in float32 by rows.
+"""Linear layer with a low-rank update on the CPU: base products by torch's GEMM or the NF4 kernels, the rest by csrc.
 
-The formulas are those of reference.py. The base product runs in the activations' dtype (float32 accumulation inside),
-so that 16-bit activations use the machine's 16-bit instructions; y is rounded once more when the low-rank term is
-added.
+The base product is rounded once to the activations' dtype; one call of the C library then computes S and adds the
+low-rank term row by row, in float32, while rows of S are in the cache. The backward is one call after dY W: it reads
+dY once for dS, dB and db, and x once for dA, and adds to dX as it goes. The formulas are those of reference.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_ops.kernels.lora_linear import reference
+from lora_ops import _native
+from lora_ops.kernels.lora_linear.reference import Grads, Needs
+from lora_ops.kernels.philox import threshold
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_codec import native_impl as codec
-from lora_ops.quant.nf4_linear.reference import as_matrix, row_chunks
+from lora_ops.quant.nf4_linear import native_impl as nf4
+from lora_ops.quant.nf4_linear.reference import as_matrix
 
 
-def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
-    return codec.dequantize_nf4(weight, dtype) if isinstance(weight, NF4Tensor) else weight
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] with unit stride along K, a view where x's strides allow it."""
+    x = as_matrix(x)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _adapter(a: Tensor, b: Tensor, scale: Tensor, dropout_p: float, seed: Tensor | None) -> _native.Adapter:
+    if seed is None:
+        return _native.adapter(a, b, float(scale))
+    return _native.adapter(a, b, float(scale), threshold(dropout_p), int(seed))
 
 
 def lora_linear(
@@ -35,18 +45,12 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
-    (n, k), r = weight.shape, lora_a.shape[0]
-    y = linear(x, _dense(weight, x.dtype), bias)  # [..., K] @ [K, N] -> [..., N]
-    x2, y2 = as_matrix(x), as_matrix(y)
-    a, b = lora_a.float(), lora_b.float() * scale.float()
-    s = x.new_empty(x2.shape[0], r, dtype=torch.float32)
-    for rows in row_chunks(x2.shape[0], max(n, k)):
-        s[rows] = reference.drop(x2[rows].float(), rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
-        if y.dtype == torch.float32:
-            y2[rows].addmm_(s[rows], b.T)  # [rows, R] @ [R, N] -> [rows, N]
-        else:
-            y2[rows] = torch.addmm(y2[rows].float(), s[rows], b.T)
-    return y, s.view(*x.shape[:-1], r)
+    # [..., K] @ [K, N] -> [..., N]
+    y = nf4.nf4_linear(x, weight, bias) if isinstance(weight, NF4Tensor) else linear(x, weight, bias)
+    x2, a, b = _rows(x), lora_a.contiguous(), lora_b.contiguous()
+    s = x.new_empty(x2.shape[0], a.shape[0], dtype=torch.float32)
+    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y.view(s.shape[0], b.shape[0]))
+    return y, s.view(*x.shape[:-1], a.shape[0])
 
 
 def lora_linear_backward(
@@ -59,22 +63,36 @@ def lora_linear_backward(
     scale: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    needs: reference.Needs,
-) -> reference.Grads:
+    needs: Needs,
+) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
-    base = as_matrix(dy) @ _dense(weight, dy.dtype) if needs[0] else dy.new_empty(0)  # [M, N] @ [N, K] -> [M, K]
-
-    def base_dx(rows: slice, dy_rows: Tensor) -> Tensor:
-        return base[rows].float()
-
-    return reference.low_rank_backward(dy, x, s, base_dx, lora_a, lora_b, scale, dropout_p, seed, needs)
+    needs_x, needs_a, needs_b, needs_bias = needs
+    dy2, a, b = _rows(dy), lora_a.contiguous(), lora_b.contiguous()
+    dx = None
+    if needs_x:
+        # [M, N] @ [N, K] -> [M, K]
+        dx = nf4.nf4_linear_dx(dy2, weight) if isinstance(weight, NF4Tensor) else dy2 @ weight
+    da = torch.empty_like(a) if needs_a else None
+    db = torch.empty_like(b) if needs_b else None
+    dbias = dy.new_empty(b.shape[0]) if needs_bias else None
+    _native.lora_backward(
+        _adapter(a, b, scale, dropout_p, seed),
+        dy2,
+        _rows(x) if needs_a and x is not None else None,
+        s.contiguous() if needs_b and s is not None else None,
+        dx=dx,
+        dlora_a=da,
+        dlora_b=db,
+        dbias=dbias,
+    )
+    return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db, dbias
 
 
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     weight = args[0] if op == "lora_linear" else args[2]
     if isinstance(weight, NF4Tensor):
-        return codec.declines("dequantize_nf4", weight, lead.dtype)
+        return nf4.declines("nf4_linear", lead, weight)
     if lead.device.type != "cpu":
         return f"native kernels run on cpu, not on {lead.device.type}"
     return f"native kernels have no {lead.dtype}" if lead.dtype == torch.float64 else None

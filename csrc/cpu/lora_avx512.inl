@@ -1,0 +1,74 @@
+// What lora.inl needs, with AVX-512: products of floats, and packing from every dtype.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lora.inl"
+#include "philox_avx512.inl"
+
+namespace lora_ops {
+namespace {
+
+inline __mmask16 first16(int64_t n) {
+    return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : static_cast<__mmask16>((1u << n) - 1);
+}
+
+inline __mmask16 kept16(int64_t n, const uint8_t* bits, int64_t column) {
+    uint16_t kept = 0xffff;
+    if (bits) memcpy(&kept, bits + column / 8, sizeof kept);
+    return first16(n - column) & kept;
+}
+
+// Elements that the mask does not keep are zero, and are not read.
+inline __m512 load16(const float* x, __mmask16 kept) { return _mm512_maskz_loadu_ps(kept, x); }
+inline __m512 load16(const F16* x, __mmask16 kept) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(kept, x)); }
+inline __m512 load16(const BF16* x, __mmask16 kept) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
+}
+
+inline void store16(float* x, __mmask16 kept, __m512 v) { _mm512_mask_storeu_ps(x, kept, v); }
+inline void store16(F16* x, __mmask16 kept, __m512 v) {
+    _mm256_mask_storeu_epi16(x, kept, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store16(BF16* x, __mmask16 kept, __m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+    _mm256_mask_storeu_epi16(x, kept, _mm512_cvtepi32_epi16(result));
+}
+
+struct Avx512Float {
+    using F = __m512;
+    using Mask = Avx512Mask;
+    static constexpr int kWidth = 16, kPair = 1;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+    static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+    static F broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
+    static F multiply_add(F sum, F a, F b) { return _mm512_fmadd_ps(a, b, sum); }
+
+    // x [n] -> out [width], a multiple of 16: zero where the bits are, and from n on.
+    template <class T>
+    static void pack_row(const T* x, int64_t n, const uint8_t* bits, uint32_t* out, int64_t width) {
+        for (int64_t c = 0; c < width; c += 16) {
+            _mm512_storeu_ps(out + c, load16(x + c, kept16(n, bits, c)));
+        }
+    }
+
+    // y [n] += sums, where the bits are set.
+    template <class T>
+    static void add_row(T* y, const float* sums, int64_t n, const uint8_t* bits) {
+        for (int64_t c = 0; c < n; c += 16) {
+            const __mmask16 kept = kept16(n, bits, c);
+            store16(y + c, kept, _mm512_add_ps(load16(y + c, kept), _mm512_loadu_ps(sums + c)));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace lora_ops

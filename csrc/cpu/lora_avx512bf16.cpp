@@ -1,0 +1,75 @@
+// AVX-512 with BF16: bfloat16 activations are multiplied in pairs, 64 operations an instruction (measured on Zen 5: two
+// instructions a cycle).
+#include "lora_avx512.inl"
+
+namespace lora_ops {
+namespace {
+
+inline __mmask32 kept32(int64_t n, const uint8_t* bits, int64_t column) {
+    const int64_t left = n - column;
+    uint32_t kept = 0xffffffffu;
+    if (bits) memcpy(&kept, bits + column / 8, sizeof kept);
+    return left >= 32 ? kept : left <= 0 ? 0 : kept & ((1u << left) - 1);
+}
+
+inline __m512i load32(const BF16* x, __mmask32 kept) { return _mm512_maskz_loadu_epi16(kept, x); }
+template <class T>
+inline __m512i load32(const T* x, __mmask32 kept) {
+    const __m512 low = load16(x, static_cast<__mmask16>(kept)), high = load16(x + 16, static_cast<__mmask16>(kept >> 16));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+struct Avx512Bf16 : Avx512Float {
+    static constexpr int kPair = 2;
+
+    static F multiply_add(F sum, F a, F b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+    }
+
+    // x [n] -> out: width values of 16 bits.
+    template <class T>
+    static void pack_row(const T* x, int64_t n, const uint8_t* bits, uint32_t* out, int64_t width) {
+        for (int64_t c = 0; c < width; c += 32) {
+            const __m512i v = load32(x + c, kept32(n, bits, c));
+            if (c + 32 <= width) {
+                _mm512_storeu_si512(out + c / 2, v);
+            } else {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c / 2), _mm512_castsi512_si256(v));
+            }
+        }
+    }
+
+    // Rows a [a_n] and b [b_n] -> out: width pairs. b's bits follow a's.
+    template <class T>
+    static void pack_two_rows(const T* a, int64_t a_n, const T* b, int64_t b_n, const uint8_t* bits, uint32_t* out,
+                              int64_t width) {
+        alignas(64) static constexpr int16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        for (int64_t c = 0; c < width; c += 32) {
+            const __m512i va = load32(a + c, kept32(a_n, bits, c));
+            const __m512i vb = load32(b + c, kept32(b_n, bits ? bits + kMaskBytes : nullptr, c));
+            _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(va, first, vb));
+            if (c + 16 < width) _mm512_storeu_si512(out + c + 16, _mm512_permutex2var_epi16(va, second, vb));
+        }
+    }
+
+    static void add_row(BF16* y, const float* sums, int64_t n, const uint8_t* bits) {
+        for (int64_t c = 0; c < n; c += 32) {
+            const __mmask32 kept = kept32(n, bits, c);
+            const __m512i old = _mm512_maskz_loadu_epi16(kept, y + c);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16));
+            const __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(high, _mm512_loadu_ps(sums + c + 16)),
+                                                     _mm512_add_ps(low, _mm512_loadu_ps(sums + c)));
+            _mm512_mask_storeu_epi16(y + c, kept, (__m512i)sum);
+        }
+    }
+};
+
+}  // namespace
+
+const LoraKernels kAvx512Bf16Lora = {LoraEntry<Avx512Bf16, Avx512Float>::forward,
+                                     LoraEntry<Avx512Bf16, Avx512Float>::backward, dropout_mask_rows<Avx512Mask>};
+
+}  // namespace lora_ops
