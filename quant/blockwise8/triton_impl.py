@@ -34,8 +34,7 @@ def _quantize_blockwise8_kernel(
 
     code = tl.zeros([ROWS, BLOCK], dtype=tl.int32)  # thresholds exceeded, by bisection of all 255
     for i in tl.static_range(8):
-        step: tl.constexpr = 128 >> i
-        code += tl.where(v > tl.load(threshold_table_ptr + code + (step - 1)), step, 0)
+        code += tl.where(v > tl.load(threshold_table_ptr + code + ((128 >> i) - 1)), 128 >> i, 0)
     store_ragged(codes_ptr + start, e, code.to(tl.uint8), left)
 
 

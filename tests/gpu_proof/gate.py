@@ -210,7 +210,10 @@ class Row:
 
 
 def row(item: registry.Shipped, chip: Chip) -> Row:
-    code = read(compiled(item.launch, chip))
+    try:
+        code = read(compiled(item.launch, chip))
+    except (triton.errors.TritonError, RuntimeError) as e:
+        return Row(item.id, chip.name, "", (f"does not compile: {' '.join(str(e).split())[-300:]}",))
     found = [op.split(".")[0] for op in code.ops if re.match("(U?T?C?HG?MMA|v_mfma)", op)]
     mma = min(found, key=len).split("_f32")[0] if found else ""
     summary = (

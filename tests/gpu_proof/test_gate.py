@@ -1,0 +1,114 @@
+"""The compile gate is green, its committed table lists all that ships, and it catches kernels broken on purpose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+import triton
+import triton.language as tl
+
+from lora_ops._triton import MMA, Expect, GateCase, interpreting, launch
+from lora_ops.quant.nf4_codec import triton_impl
+from tests.gpu_proof import gate, registry
+from tests.gpu_proof.mutant import mutant
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="compiles, so not in the interpreter")
+CHIPS = {chip.name: chip for chip in gate.CHIPS}
+
+
+@pytest.mark.parametrize("module", registry.ops(), ids=lambda m: m.split(".")[-2])
+def test_green(module: str) -> None:
+    rows = gate.run([module])
+    assert len({r.chip for r in rows}) == len(gate.CHIPS)
+    bad = [f"{r.id} on {r.chip}: {'; '.join(r.wrong)}" for r in rows if r.wrong]
+    assert not bad, "\n".join(bad)
+
+
+def test_table_lists_what_ships() -> None:
+    text = gate.TABLE.read_text()
+    listed = re.findall(r"^\| (.*?_kernel) \|", text, re.MULTILINE)
+    shipped = [s.id for module in registry.ops() for s in registry.shipped_by(module)]
+    assert sorted(set(listed)) == sorted(set(shipped)), "run: python -m tests.gpu_proof.gate"
+    assert "**" not in text
+
+
+# Kernels broken on purpose.
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def wrong(case: GateCase, chip: str) -> str:
+    (shipped,) = registry.launches_of("broken", case)
+    return "; ".join(gate.row(shipped, CHIPS[chip]).wrong)
+
+
+def broken_case(folder: Path, name: str, *changes: tuple[str, str]) -> GateCase:
+    cases: Iterator[GateCase] = mutant(triton_impl, folder, *changes).gate()
+    return next(case for case in cases if case.name == name)
+
+
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+def test_codec_with_fused_multiply_add(tmp_path: Path, chip: str) -> None:
+    case = broken_case(
+        tmp_path, "dequantize b64 nested bfloat16", ("enable_fp_fusion=False", "enable_fp_fusion=True")
+    )  # fmt: skip
+    assert re.search("fma|contract|fused", wrong(case, chip))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_codec_config_that_spills(tmp_path: Path, chip: str) -> None:
+    changes = (
+        ("QUANTIZE_TILE = 2048", "QUANTIZE_TILE = 4096"),
+        ("QUANTIZE_ELEMENTS_A_THREAD = 16", "QUANTIZE_ELEMENTS_A_THREAD = 128"),
+    )
+    assert "stack or spills" in wrong(broken_case(tmp_path, "quantize b64 bfloat16", *changes), chip)
+
+
+def test_codec_with_single_element_accesses(tmp_path: Path) -> None:
+    change = ("store_ragged(out_ptr + start, e, tl.reshape(value, [TILE // ROW, ROW]), left)",
+              "tl.store(out_ptr + start + e, tl.reshape(value, [TILE // ROW, ROW]), mask=e < left)")  # fmt: skip
+    assert wrong(broken_case(tmp_path, "dequantize b64 bfloat16", change), "sm_90") == "no 16-byte store"
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, y_ptr):
+    tl.atomic_add(y_ptr + tl.arange(0, 128), tl.load(x_ptr + tl.arange(0, 128)))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_100", "gfx942"])
+def test_atomics(chip: str) -> None:
+    case = GateCase("atomic", lambda: launch(_atomic_kernel, (1,), meta(128), meta(128)))
+    assert "atomics" in wrong(case, chip)
+
+
+@triton.jit
+def _dot_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i[:, None] * SIZE + i[None, :])
+    tl.store(y_ptr + i[:, None] * SIZE + i[None, :], tl.dot(x, x, input_precision="ieee"))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_matrix_instruction(chip: str) -> None:
+    def case(dtype: torch.dtype, size: int) -> GateCase:
+        x, y = meta(size, size, dtype=dtype), meta(size, size)
+        return GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=size), Expect(mma=MMA))
+
+    assert wrong(case(torch.bfloat16, 64), chip) == ""
+    if chip != "gfx942":  # which has matrix instructions for fp32
+        assert f"no {MMA[chip]}" in wrong(case(torch.float32, 32), chip)
+
+
+def test_shared_memory_limit() -> None:
+    x, y = meta(256, 256, dtype=torch.bfloat16), meta(256, 256)
+    case = GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=256, num_warps=8))
+    assert "of shared memory, sm_89 has" in wrong(case, "sm_89")
+    assert "shared" not in wrong(case, "sm_90")
