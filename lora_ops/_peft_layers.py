@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
-from lora_ops._checks import dtype_name
+from lora_ops._checks import autocasting, dtype_name
 from lora_ops.nn import NF4Linear, add_to_nf4
 from lora_ops.quant.nf4 import NF4Tensor
 
@@ -120,10 +120,10 @@ def _why_not_this_call(parts: Parts, x: Tensor, args: tuple[Any, ...], kwargs: d
     given = [key for key, value in kwargs.items() if value is not None]
     if args or given:  # adapter_names mixes adapters in one batch
         return f"the call has arguments beside x: {', '.join(given) or len(args)}"
-    dtype, device_type = x.dtype, x.device.type
+    dtype = x.dtype
     if not dtype.is_floating_point:
         return f"x: expected a floating dtype, got {dtype_name(dtype)}"
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autocasting(x):
         return None
     if parts.weight.dtype != dtype and type(parts.base) is not NF4Linear:
         return f"x is {dtype_name(dtype)} and the base layer {dtype_name(parts.weight.dtype)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ops._checks import check_probability, dtype_name
-from lora_ops._dispatch import BackendError
+from lora_ops._dispatch import OPS, BackendError
 from lora_ops.formats import bitsandbytes as layout
-from lora_ops.kernels.lora_linear import op as lora_linear_op
 from lora_ops.nn import LoRALinear, NF4Linear, check_quantize, is_conv1d, weight_of
-from lora_ops.quant.nf4_linear import op as nf4_linear_op
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,8 +97,9 @@ def inject(
         lora_dropout: dropout probability of the low-rank branch, independent for each layer.
         target_modules: as in PEFT's LoraConfig: names, a regular expression, or "all-linear" for every linear layer but
             the output embedding.
-        quantize: "nf4" stores the weights of the targeted layers in double-quantized NF4, except the output embedding
-            and those that the model wants in float32 (`_keep_in_fp32_modules`); None leaves them.
+        quantize: "nf4" stores the weights of all linear layers in double-quantized NF4, targeted or not, except the
+            output embedding, modules that are trained whole, and those that the model wants in float32
+            (`_keep_in_fp32_modules`); None leaves them.
         strict: raise if a targeted layer cannot be fused, before anything is quantized.
         lora_config_kwargs: other fields of PEFT's LoraConfig.
 
@@ -268,9 +268,9 @@ def _backend(base: Any, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[b
     bias = None if base.bias is None else base.bias.to(dtype)
     try:
         if lora_a is None:
-            return True, *nf4_linear_op._fwd.choose(device, (x, weight, bias))
+            return True, *OPS["nf4_linear"].choose(device, (x, weight, bias))
         scale = torch.ones((), dtype=torch.float64)
-        return True, *lora_linear_op._fwd.choose(device, (x, weight, lora_a, lora_b, scale, bias, 0.0, None))
+        return True, *OPS["lora_linear"].choose(device, (x, weight, lora_a, lora_b, scale, bias, 0.0, None))
     except BackendError as error:
         return False, "", str(error)
 
@@ -352,10 +352,14 @@ def _convert_bases(model: PeftModel, quantize: str | None) -> None:
         return
     from tqdm.auto import tqdm
 
-    todo = [(name, layer) for name, layer in _lora_layers(model) if _is_quantizable(model, name, layer)]
-    numel = sum(layer.base_layer.weight.numel() for _, layer in todo)
-    for name, layer in tqdm(todo, desc="quantizing to NF4", disable=None if numel >= _PROGRESS_NUMEL else True):
-        _set_base(layer, _quantize(name, layer.base_layer))
+    todo = _quantizable(model)
+    numel = sum(linear.weight.numel() for _, _, linear in todo)
+    for name, owner, linear in tqdm(todo, desc="quantizing to NF4", disable=None if numel >= _PROGRESS_NUMEL else True):
+        quantized = _quantize(name, linear)
+        if hasattr(owner, "base_layer"):
+            _set_base(owner, quantized)
+        else:
+            setattr(owner, name.rpartition(".")[2], quantized)
 
 
 def _quantize(name: str, linear: nn.Module) -> NF4Linear:
@@ -365,19 +369,38 @@ def _quantize(name: str, linear: nn.Module) -> NF4Linear:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _is_quantizable(model: PeftModel, name: str, layer: Any) -> bool:
+def _quantizable(model: PeftModel) -> list[tuple[str, Any, nn.Module]]:
+    """The dense linear layers that quantize="nf4" takes, with their names and the modules that hold them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     from lora_ops import _peft_layers
 
-    base = layer.get_base_layer()
-    if isinstance(base, NF4Linear) or _peft_layers.why_not_fusable(layer) is not None:
-        return False
     root = model.get_base_model()
     output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-    if output is layer or output is base:
-        return False
     keep = {*(getattr(root, "_keep_in_fp32_modules", None) or ()),
             *(getattr(root, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
-    return not keep.intersection(name.split("."))
+    holders = Counter(id(p) for m in root.modules() for p in m.parameters(recurse=False))
+    todo: list[tuple[str, Any, nn.Module]] = []
+    inside = ""  # a LoRA layer or a module that is trained whole, whose parts are not for themselves
+    for name, module in root.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        owner = root.get_submodule(name.rpartition(".")[0])
+        linear: Any = module
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
+            inside = name + "."
+            if isinstance(module, AuxiliaryTrainingWrapper) or _peft_layers.why_not_fusable(module) is not None:
+                continue
+            owner, linear = module, module.get_base_layer()
+        elif type(module) is not nn.Linear and not is_conv1d(module):
+            continue
+        if isinstance(linear, NF4Linear) or output is module or output is linear or not name:
+            continue
+        # A weight that another module reads as well, such as a tied embedding, cannot become uint8.
+        if not keep.intersection(name.split(".")) and holders[id(linear.weight)] == 1:
+            todo.append((name, owner, linear))
+    return todo
 
 
 def _set_base(layer: Any, base: NF4Linear) -> None:

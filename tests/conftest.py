@@ -23,6 +23,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_configure() -> None:
+    # Tests run many tiny ops, where a second thread gains nothing and waits for its core on a busy machine; what
+    # depends on the number of threads sets it.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every backend that this machine has."""

@@ -62,8 +62,9 @@ def logits(model: nn.Module, **kwargs: object) -> Tensor:
 def assert_same_logits(a: nn.Module | Tensor, b: nn.Module | Tensor) -> None:
     a, b = (v if isinstance(v, Tensor) else logits(v) for v in (a, b))
     assert a.dtype == b.dtype
-    # Rounding differs (one rounding instead of several), and a layer feeds the next.
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 0.04}[a.dtype]
+    # Sums run in another order and are rounded once instead of several times; two blocks of layers feed each other.
+    # Against float64 PEFT is off by up to 12 units in the last place of the largest float32 logit, and ours by up to 8.
+    tolerance = {torch.float32: 32 * 2**-23, torch.bfloat16: 5 * 2**-7}[a.dtype]
     torch.testing.assert_close(a.float(), b.float(), atol=tolerance * b.float().abs().max().item(), rtol=0)
 
 
@@ -329,7 +330,7 @@ def test_a_second_adapter_on_other_layers_is_fused_too(quantize: str | None) -> 
     model.set_adapter("second")
     report = lora_ops.injection_report(model)
     assert not report.unfused
-    assert len(report) == 4
+    assert len([row for row in report if row.name.endswith(("q_proj", "v_proj"))]) == 4
     logits(model)
 
 
@@ -433,7 +434,7 @@ def test_safe_merge_refuses_nan_and_changes_nothing(quantize: str | None) -> Non
 
 def test_nf4_merge_with_lora_bias() -> None:
     model = randomize(lora_ops.inject(models.qwen2(), r=4, quantize="nf4", target_modules=["q_proj"], lora_bias=True))
-    assert {row.reason for row in lora_ops.injection_report(model)} == {"adapter 'default' has lora_bias"}
+    assert {row.reason for row in lora_ops.injection_report(model).unfused} == {"adapter 'default' has lora_bias"}
     layer = first_layer(model)
     for parameter in (layer.lora_B["default"].bias,):
         nn.init.normal_(parameter)
@@ -448,7 +449,7 @@ def test_nf4_merge_with_lora_bias() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_quantize_takes_the_targeted_layers_and_nothing_else(arch: str) -> None:
+def test_quantize_takes_every_linear_layer_but_the_output_embedding(arch: str) -> None:
     model = injected(arch, quantize="nf4")
     names = {name for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     assert len(names) == len(lora_ops.injection_report(model))
@@ -462,13 +463,28 @@ def test_quantize_takes_the_targeted_layers_and_nothing_else(arch: str) -> None:
         )
         assert weight_bytes(NF4Linear.from_linear(dense)) == weight_bytes(model.get_submodule(name))
     few = injected(arch, quantize="nf4", target_modules=["q_proj", "c_attn"])
-    assert sum(isinstance(m, NF4Linear) for m in few.modules()) == 2
+    assert sum(isinstance(m, NF4Linear) for m in few.modules()) == len(names)
+    report = lora_ops.injection_report(few)
+    assert {row.weight_format for row in report} == {"nf4"}
+    assert not report.unfused
+
+
+def test_quantize_leaves_modules_that_are_trained_whole_and_shared_weights() -> None:
+    base = models.llama()
+    base.model.layers[0].mlp.up_proj.weight = base.model.layers[0].mlp.gate_proj.weight
+    model = lora_ops.inject(base, r=4, target_modules=["q_proj"], modules_to_save=["o_proj"], quantize="nf4")
+    dense = {name.rpartition("layers.")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    shared = {"0.mlp.up_proj", "0.mlp.gate_proj"}
+    assert shared <= dense
+    assert any("o_proj" in name for name in dense)
+    assert not any("down_proj" in name or "1.mlp.up_proj" in name for name in dense)
 
 
 def test_an_output_embedding_that_is_targeted_stays_dense() -> None:
     model = injected(quantize="nf4", target_modules=["q_proj", "lm_head"])
     formats = {row.name.rpartition(".")[2]: (row.weight_format, row.fused) for row in lora_ops.injection_report(model)}
-    assert formats == {"q_proj": ("nf4", True), "lm_head": ("dense float32", True)}
+    assert formats.pop("lm_head") == ("dense float32", True)
+    assert set(formats.values()) == {("nf4", True)}
 
 
 def test_quantize_an_existing_peft_model() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_ops._checks import (
     FLOAT_DTYPES,
+    autocasting,
     check_dtype,
     check_last_dim,
     check_probability,
@@ -175,7 +176,7 @@ def lora_linear(
     Source: LoRA (Hu et al. 2021), equation 3; QLoRA (Dettmers et al. 2023), equation 5.
     """
     check_dtype("x", x, FLOAT_DTYPES)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasting(x)
     like_x = FLOAT_DTYPES if autocast else (x.dtype,)
     if isinstance(weight, NF4Tensor):
         check_nf4("weight", weight, dim=2)

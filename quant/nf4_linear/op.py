@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import FLOAT_DTYPES, check_dtype, check_last_dim, check_same_device, check_shape
+from lora_ops._checks import FLOAT_DTYPES, autocasting, check_dtype, check_last_dim, check_same_device, check_shape
 from lora_ops._dispatch import Op
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
 
@@ -91,7 +91,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     check_dtype("x", x, FLOAT_DTYPES)
     check_last_dim("x", x, k)
     if bias is not None:
-        check_dtype("bias", bias, FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,))
+        check_dtype("bias", bias, FLOAT_DTYPES if autocasting(x) else (x.dtype,))
         check_shape("bias", bias, N=n)
     check_same_device(x=x, q=q.packed, bias=bias)
     return torch.ops.lora_ops.nf4_linear(x, bias, *operands(q))

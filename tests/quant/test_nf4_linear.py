@@ -75,6 +75,14 @@ def test_operands_are_not_written(backend: str) -> None:
         assert torch.equal(t, old)
 
 
+def test_meta_tensors_give_shapes(backend: str) -> None:
+    q = quantize_nf4(torch.randn(6, 8))
+    q = replace(q, packed=q.packed.to("meta"), absmax=q.absmax.to("meta"))
+    x = torch.empty(2, 3, 8, device="meta", dtype=torch.bfloat16)
+    y = nf4_linear(x, q, torch.empty(6, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, 6), torch.bfloat16, "meta")
+
+
 def test_special_values_pass_through(backend: str) -> None:
     q = quantize_nf4(torch.ones(4, 8))
     x = torch.zeros(3, 8)
