@@ -35,6 +35,7 @@ namespace {
 constexpr int64_t kTileRows = 32, kTileColumns = kMaskColumns;
 constexpr int64_t kLanes = 16;                 // R is padded to a multiple where it is the vector dimension
 constexpr int64_t kBlock = 64;                 // columns of C that a product handles at once
+constexpr int64_t kPrefetchRows = 8;           // how far ahead rows of y are fetched
 constexpr int64_t kGroups = 8;                 // parts of the sum over n in dS, each of one thread
 constexpr int64_t kSuperRows = 8 * kTileRows;  // rows between two barriers of the backward
 
@@ -54,9 +55,8 @@ inline int thread_number() {
 
 // V is an instruction set: V::F holds V::kWidth floats.
 template <class V, int I, int J>
-inline void product_tile(int64_t count, const uint32_t* l, int64_t l_i, int64_t l_p, const uint32_t* r, int64_t r_p,
-                         float* c, int64_t c_i, bool add) {
-    typename V::F sum[I][J];
+inline __attribute__((always_inline)) void tile_sums(int64_t count, const uint32_t* l, int64_t l_i, int64_t l_p,
+                                                     const uint32_t* r, int64_t r_p, typename V::F (&sum)[I][J]) {
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
@@ -73,6 +73,13 @@ inline void product_tile(int64_t count, const uint32_t* l, int64_t l_i, int64_t 
             for (int j = 0; j < J; ++j) sum[i][j] = V::multiply_add(sum[i][j], left, right[j]);
         }
     }
+}
+
+template <class V, int I, int J>
+inline void product_tile(int64_t count, const uint32_t* l, int64_t l_i, int64_t l_p, const uint32_t* r, int64_t r_p,
+                         float* c, int64_t c_i, bool add) {
+    typename V::F sum[I][J];
+    tile_sums<V, I, J>(count, l, l_i, l_p, r, r_p, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
@@ -148,6 +155,21 @@ class Arena {
     size_t used_ = 0;
 };
 
+// Tiles are narrower than what the hardware's prefetcher wants to see before it starts.
+template <class T>
+inline void prefetch(const T* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 1);
+}
+
+inline bool is_kept(const uint8_t* bits, int64_t column) { return !bits || bits[column / 8] >> column % 8 & 1; }
+
+template <class T>
+void add_elements(T* y, const float* sums, int64_t n, const uint8_t* bits) {
+    for (int64_t c = 0; c < n; ++c) {
+        if (is_kept(bits, c)) y[c] = round_to<T>(to_float(y[c]) + sums[c]);
+    }
+}
+
 template <class V>
 struct Lora {
     static constexpr int64_t kPair = V::kPair;
@@ -214,14 +236,30 @@ struct Lora {
     static void add_product(T* y, int64_t stride, int64_t rows, int64_t begin, int64_t end, int64_t count,
                             const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t right_row,
                             const uint8_t* bits) {
-        alignas(64) float sums[4 * kBlock];
-        for (int64_t m = 0; m < rows; m += 4) {
-            for (int64_t c = begin; c < end; c += kBlock) {
-                product<V>(4, kBlock, count, left + m * left_row, left_row, 1, right + c, right_row, sums, kBlock,
-                           false);
-                for (int64_t i = m; i < std::min(rows, m + 4); ++i) {
-                    V::add_row(y + i * stride + c, sums + (i - m) * kBlock, std::min(kBlock, end - c),
-                               bits ? bits + i * kMaskBytes + (c - begin) / 8 : nullptr);
+        constexpr int kI = 4, kJ = V::kWidth == 16 ? 4 : 16 / V::kWidth, kColumns = kJ * V::kWidth;
+        for (int64_t m = 0; m < rows; m += kI) {
+            for (int64_t i = m + kPrefetchRows; i < std::min(rows, m + kPrefetchRows + kI); ++i) {
+                prefetch(y + i * stride + begin, end - begin);
+            }
+            for (int64_t c = begin; c < end; c += kColumns) {
+                typename V::F sum[kI][kJ];
+                tile_sums<V, kI, kJ>(count, left + m * left_row, left_row, 1, right + c, right_row, sum);
+                const uint8_t* const tile_bits = bits ? bits + m * kMaskBytes + (c - begin) / 8 : nullptr;
+                T* const to = y + m * stride + c;
+                if (m + kI <= rows && c + kColumns <= end) {
+#pragma GCC unroll 4
+                    for (int i = 0; i < kI; ++i) {
+                        V::template add_row<kJ>(to + i * stride, sum[i], tile_bits ? tile_bits + i * kMaskBytes : nullptr);
+                    }
+                } else {
+                    alignas(64) float edge[kI][kColumns];
+                    for (int i = 0; i < kI; ++i) {
+                        for (int j = 0; j < kJ; ++j) V::store(edge[i] + j * V::kWidth, sum[i][j]);
+                    }
+                    for (int64_t i = 0; i < std::min<int64_t>(kI, rows - m); ++i) {
+                        add_elements(to + i * stride, edge[i], std::min<int64_t>(kColumns, end - c),
+                                     tile_bits ? tile_bits + i * kMaskBytes : nullptr);
+                    }
                 }
             }
         }
@@ -297,8 +335,10 @@ int Lora<V>::forward(const LoraForward& f) {
                 if (drop) mask.start(c);
                 for (int64_t i = 0; i < padded_rows; ++i) {
                     if (drop) mask.row(m + i, my.bits);
-                    V::pack_row(x + (m + i) * f.x_stride + c, i < rows ? columns : 0, drop ? my.bits : nullptr,
-                                my.tile + i * kTileElements, kTileColumns);
+                    const T* const from = x + (m + i) * f.x_stride + c;
+                    if (i < rows) prefetch(from + columns, std::min(kTileColumns, k - c - columns));
+                    V::pack_row(from, i < rows ? columns : 0, drop ? my.bits : nullptr, my.tile + i * kTileElements,
+                                kTileColumns);
                 }
                 // [rows, K] @ [K, R] -> [rows, R]
                 product<V>(padded_rows, lanes, elements(columns), my.tile, kTileElements, 1,
@@ -405,6 +445,9 @@ int Lora<V>::backward(const LoraBackward& g) {
                     for (int64_t m = 0; m < rows_all; m += kTileRows) {
                         const int64_t rows = std::min(kTileRows, rows_all - m), padded_rows = round_up(rows, 16);
                         const T* const from = dy + (m0 + m) * g.dy_stride + c;
+                        for (int64_t i = kTileRows; i < std::min(2 * kTileRows, rows_all - m); ++i) {
+                            prefetch(from + i * g.dy_stride, columns);
+                        }
                         if (needs_ds || kPair == 1) {
                             for (int64_t i = 0; i < padded_rows; ++i) {
                                 V::pack_row(from + i * g.dy_stride, i < rows ? columns : 0, nullptr,
@@ -455,6 +498,9 @@ int Lora<V>::backward(const LoraBackward& g) {
                 if (drop) mask.start(c);
                 for (int64_t m = 0; m < rows_all; m += kTileRows) {
                     const int64_t rows = std::min(kTileRows, rows_all - m);
+                    for (int64_t i = kTileRows; i < std::min(2 * kTileRows, rows_all - m); ++i) {
+                        if (g.da) prefetch(x + (m0 + m + i) * g.x_stride + c, columns);
+                    }
                     for (int64_t i = 0; drop && i < rows; ++i) mask.row(m0 + m + i, my.bits + i * kMaskBytes);
                     if (g.da) {
                         for (int64_t i = 0; i < rows; i += kPair) {

@@ -57,19 +57,16 @@ struct Avx2 {
             const __m256 v = load8(x + c);
             store(reinterpret_cast<float*>(out + c), bits ? _mm256_and_ps(v, lanes_of(bits[c / 8])) : v);
         }
-        for (; c < n; ++c) out[c] = !bits || bits[c / 8] >> c % 8 & 1 ? float_bits(to_float(x[c])) : 0;
+        for (; c < n; ++c) out[c] = is_kept(bits, c) ? float_bits(to_float(x[c])) : 0;
         for (; c < width; ++c) out[c] = 0;
     }
 
-    template <class T>
-    static void add_row(T* y, const float* sums, int64_t n, const uint8_t* bits) {
-        int64_t c = 0;
-        for (; c + 8 <= n; c += 8) {
-            const __m256 old = load8(y + c), sum = _mm256_add_ps(old, load(sums + c));
-            store8(y + c, bits ? _mm256_blendv_ps(old, sum, lanes_of(bits[c / 8])) : sum);
-        }
-        for (; c < n; ++c) {
-            if (!bits || bits[c / 8] >> c % 8 & 1) y[c] = round_to<T>(to_float(y[c]) + sums[c]);
+    template <int J, class T>
+    static void add_row(T* y, const F (&sums)[J], const uint8_t* bits) {
+#pragma GCC unroll 2
+        for (int j = 0; j < J; ++j) {
+            const __m256 old = load8(y + 8 * j), sum = _mm256_add_ps(old, sums[j]);
+            store8(y + 8 * j, bits ? _mm256_blendv_ps(old, sum, lanes_of(bits[j])) : sum);
         }
     }
 };

@@ -60,12 +60,13 @@ struct Avx512Float {
         }
     }
 
-    // y [n] += sums, where the bits are set.
-    template <class T>
-    static void add_row(T* y, const float* sums, int64_t n, const uint8_t* bits) {
-        for (int64_t c = 0; c < n; c += 16) {
-            const __mmask16 kept = kept16(n, bits, c);
-            store16(y + c, kept, _mm512_add_ps(load16(y + c, kept), _mm512_loadu_ps(sums + c)));
+    // y [16 J] += sums, where the bits are set.
+    template <int J, class T>
+    static void add_row(T* y, const F (&sums)[J], const uint8_t* bits) {
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) {
+            const __mmask16 kept = kept16(16 * J, bits, 16 * j);
+            store16(y + 16 * j, kept, _mm512_add_ps(load16(y + 16 * j, kept), sums[j]));
         }
     }
 };

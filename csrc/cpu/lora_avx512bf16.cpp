@@ -54,15 +54,17 @@ struct Avx512Bf16 : Avx512Float {
         }
     }
 
-    static void add_row(BF16* y, const float* sums, int64_t n, const uint8_t* bits) {
-        for (int64_t c = 0; c < n; c += 32) {
-            const __mmask32 kept = kept32(n, bits, c);
-            const __m512i old = _mm512_maskz_loadu_epi16(kept, y + c);
-            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16));
-            const __m512 high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16));
-            const __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(high, _mm512_loadu_ps(sums + c + 16)),
-                                                     _mm512_add_ps(low, _mm512_loadu_ps(sums + c)));
-            _mm512_mask_storeu_epi16(y + c, kept, (__m512i)sum);
+    template <int J>
+    static void add_row(BF16* y, const F (&sums)[J], const uint8_t* bits) {
+#pragma GCC unroll 2
+        for (int j = 0; j < J; j += 2) {
+            const __m512 low = load16(y + 16 * j, 0xffff), high = load16(y + 16 * j + 16, 0xffff);
+            const __m512i sum = (__m512i)_mm512_cvtne2ps_pbh(_mm512_add_ps(high, sums[j + 1]), _mm512_add_ps(low, sums[j]));
+            if (bits) {
+                _mm512_mask_storeu_epi16(y + 16 * j, kept32(16 * J, bits, 16 * j), sum);
+            } else {
+                _mm512_storeu_si512(y + 16 * j, sum);
+            }
         }
     }
 };

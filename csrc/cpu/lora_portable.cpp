@@ -23,18 +23,14 @@ struct Portable {
     }
     static F multiply_add(F sum, F a, F b) { return sum + a * b; }
 
-    static bool is_kept(const uint8_t* bits, int64_t column) { return !bits || bits[column / 8] >> column % 8 & 1; }
-
     template <class T>
     static void pack_row(const T* x, int64_t n, const uint8_t* bits, uint32_t* out, int64_t width) {
         for (int64_t c = 0; c < width; ++c) out[c] = c < n && is_kept(bits, c) ? float_bits(to_float(x[c])) : 0;
     }
 
-    template <class T>
-    static void add_row(T* y, const float* sums, int64_t n, const uint8_t* bits) {
-        for (int64_t c = 0; c < n; ++c) {
-            if (is_kept(bits, c)) y[c] = round_to<T>(to_float(y[c]) + sums[c]);
-        }
+    template <int J, class T>
+    static void add_row(T* y, const F (&sums)[J], const uint8_t* bits) {
+        add_elements(y, reinterpret_cast<const float*>(sums), J * kWidth, bits);
     }
 };
 
