@@ -90,6 +90,16 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return ti.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _get_bf16(self: Any, value: float) -> Any:
+    return ti.TensorHandle(to_bf16_bits(np.array([value])), tl.bfloat16)
+
+
+def _patch_lang_tensor(tensor: Any, *scope: Any) -> Any:
+    result = _ORIGINALS["_patch_lang_tensor"](tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+    return result
+
+
 # Memory: what each launch may touch, and what it did.
 
 
@@ -293,10 +303,28 @@ class _Pointer:
         return self.address
 
 
+def _sparse_range(first: Any, end: Any = None, step: Any = 1, **options: Any) -> Iterator[int]:
+    """The first two, the middle and the last two steps of a loop: its addresses lie between theirs."""
+    steps = range(first) if end is None else range(first, end, step)
+    chosen = range(len(steps)) if len(steps) <= 8 else (0, 1, len(steps) // 2, len(steps) - 2, len(steps) - 1)
+    return (steps[i] for i in chosen)
+
+
+def _functions(fn: Any, seen: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The globals of a kernel and of every device function within its reach."""
+    if id(fn.__globals__) not in seen:
+        seen[id(fn.__globals__)] = fn.__globals__
+        for value in list(fn.__globals__.values()):
+            if isinstance(value, ti.InterpretedFunction):
+                _functions(value.fn, seen)
+    return seen
+
+
 def run_virtually(launch: Launch, programs: Sequence[tuple[int, ...]] | None = None) -> None:
     """Run programs of a recorded launch (first, middle and last if None) on pretended memory and check every address.
 
-    Loads yield 0. Integers wrap as on the chip, so int32 offsets that overflow land outside of every tensor.
+    Loads yield 0, and of a long loop five steps are run. Integers wrap as on the chip, so int32 offsets that overflow
+    land outside of every tensor.
     """
     fn = launch.kernel.rewrite()
     executor = ti.GridExecutor(fn, launch.kernel.arg_names, launch.grid)
@@ -318,6 +346,10 @@ def run_virtually(launch: Launch, programs: Sequence[tuple[int, ...]] | None = N
     meta = {k: v for k, v in launch.meta.items() if k in launch.kernel.arg_names}
     bound = {n: stand_in(n, a) for n, a in inspect.getcallargs(fn, *launch.args, **meta).items()}
     scope = ti._patch_lang(fn)
+    scope.set_attr(tl, "range", _sparse_range)
+    modules = list(_functions(fn, {}).values())
+    for names in modules:
+        names["range"] = _sparse_range
     _frames.append(_frame(fn.__name__, spans, virtual=True))
     try:
         args = {n: a if n in executor.constexprs else ti._implicit_cvt(a) for n, a in bound.items()}
@@ -330,6 +362,8 @@ def run_virtually(launch: Launch, programs: Sequence[tuple[int, ...]] | None = N
         raise e.__cause__ or e from None
     finally:
         _frames.pop()
+        for names in modules:
+            del names["range"]
         scope.restore()
 
 
@@ -338,6 +372,8 @@ _PATCHES: tuple[tuple[Any, str, Callable], ...] = (
     (_Builder, "create_fp_to_fp", _fp_to_fp),
     (_Builder, "binary_op", _binary_op),
     (_Builder, "create_dot", _dot),
+    (_Builder, "get_bf16", _get_bf16),  # Triton 3.6 has none
+    (ti, "_patch_lang_tensor", _patch_lang_tensor),  # Triton 3.6 converts 1-element arrays, which numpy 2.4 refuses
     (_Builder, "create_masked_load", _masked_load),
     (_Builder, "create_masked_store", _masked_store),
     (_Builder, "create_atomic_rmw", _no_atomics),
@@ -351,7 +387,7 @@ def install() -> None:
     if _ORIGINALS:
         return
     for owner, name, patch in _PATCHES:
-        _ORIGINALS[name] = getattr(owner, name)
+        _ORIGINALS[name] = getattr(owner, name, patch)
         setattr(owner, name, patch)
 
 
