@@ -1,0 +1,137 @@
+// Calls every function of the C ABI with random shapes, offsets, strides, thread counts and instruction sets; built with
+// the address and undefined-behaviour sanitizers by `make sanitize`. A case also checks what needs no reference: that a
+// result does not depend on the number of threads.
+//
+//     fuzz [seconds = 60] [seed = 1]
+//
+// To cover a new function, write a case below and add it to `cases`.
+#include "fuzz.h"
+
+#include <time.h>
+
+#include <algorithm>
+
+namespace fuzz {
+namespace {
+
+// 256 ascending values from -1 to 1.
+std::vector<float> code_map() {
+    std::vector<float> map;
+    for (int i = 0; i < 256; ++i) map.push_back(static_cast<float>(2 * i - 255) / 255.0f);
+    return map;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t any_block_size(Random& random) { return 32 * random.one_of<int64_t>({1, 2, 3, 4, 32, 128}); }
+
+void nf4_codec(Random& random) {
+    const int dtype = any_dtype(random);
+    const int64_t n = random.length(5000), block = any_block_size(random), blocks = ceil_div(n, block);
+    Matrix w(random, dtype, 1, n);
+    Bytes packed(random, (n + 1) / 2);
+    Matrix absmax(random, LORA_OPS_F32, 1, blocks);
+    const int threads = static_cast<int>(random.integer(1, 3));
+    FUZZ_CHECK(lora_ops_nf4_quantize(w.data(), dtype, n, block, packed.data(), absmax.floats(), threads) == LORA_OPS_OK);
+
+    // Decode some range, with plain or nested scales.
+    Bytes codes(random, blocks);
+    Matrix nested(random, LORA_OPS_F32, 1, ceil_div(blocks, 256));
+    const std::vector<float> map = code_map();
+    lora_ops_nf4_weight weight = {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block};
+    if (random.coin()) weight = {packed.data(), nullptr, codes.data(), map.data(), nested.floats(), 0.5f, block};
+    const int64_t begin = random.integer(0, n), end = random.integer(begin, n);
+    const int out_dtype = any_dtype(random);
+    Matrix out(random, out_dtype, 1, end - begin);
+    FUZZ_CHECK(lora_ops_nf4_dequantize(&weight, begin, end, out.data(), out_dtype, threads) == LORA_OPS_OK);
+}
+
+void blockwise8(Random& random) {
+    const int64_t n = random.length(5000), block = random.length(600);
+    const std::vector<float> map = code_map();
+    Matrix x(random, LORA_OPS_F32, 1, n), out(random, LORA_OPS_F32, 1, n);
+    Matrix absmax(random, LORA_OPS_F32, 1, ceil_div(n, block));
+    Bytes codes(random, n);
+    const int threads = static_cast<int>(random.integer(1, 3));
+    FUZZ_CHECK(lora_ops_blockwise8_quantize(x.floats(), n, block, map.data(), codes.data(), absmax.floats(), threads) ==
+               LORA_OPS_OK);
+    FUZZ_CHECK(lora_ops_blockwise8_dequantize(codes.data(), absmax.floats(), n, block, map.data(), out.floats(),
+                                              threads) == LORA_OPS_OK);
+}
+
+void dropout_mask(Random& random) {
+    const int64_t rows = random.integer(0, 20), k = random.length(700);
+    Bytes bits(random, rows * ceil_div(k, 8));
+    const uint32_t threshold = static_cast<uint32_t>(random.integer(0, 65536));
+    FUZZ_CHECK(lora_ops_dropout_mask(random.bits(), static_cast<uint32_t>(random.bits()), threshold,
+                                     random.integer(0, 1 << 30), rows, k, bits.data()) == LORA_OPS_OK);
+}
+
+void lora(Random& random) {
+    const int dtype = any_dtype(random), a_dtype = any_dtype(random), b_dtype = any_dtype(random);
+    const bool large = random.integer(0, 20) == 0;  // several super-rows and groups of tiles
+    const int64_t m = large ? random.integer(250, 600) : random.integer(0, 70);
+    const int64_t n = large ? random.integer(1, 2600) : random.length(400);
+    const int64_t k = random.length(large ? 600 : 400), r = random.length(large ? 20 : 130);
+    Matrix a(random, a_dtype, r, k, true), b(random, b_dtype, n, r, true);
+    const uint32_t threshold = random.coin() ? 0 : static_cast<uint32_t>(random.integer(0, 65536));
+    const lora_ops_adapter adapter = {a.data(), b.data(), a_dtype, b_dtype, n, k, r, 2.0f, threshold, random.bits(), 0};
+    Matrix x(random, dtype, m, k), dy(random, dtype, m, n), s(random, LORA_OPS_F32, m, r, true);
+    Matrix y(random, dtype, m, n), dx(random, dtype, m, k);
+    Matrix da(random, a_dtype, r, k, true), db(random, b_dtype, n, r, true), dbias(random, dtype, 1, n);
+    const int wanted = static_cast<int>(random.integer(0, 15));
+
+    const auto run = [&](int threads, Matrix& y_, Matrix& s_, Matrix& dx_, Matrix& da_, Matrix& db_, Matrix& dbias_) {
+        FUZZ_CHECK(lora_ops_lora_forward(&adapter, x.data(), m, x.stride, s_.floats(), y_.data(), y_.stride, dtype,
+                                         threads) == LORA_OPS_OK);
+        FUZZ_CHECK(lora_ops_lora_backward(&adapter, dy.data(), m, dy.stride, wanted & 2 ? x.data() : nullptr, x.stride,
+                                          wanted & 4 ? s_.floats() : nullptr, wanted & 1 ? dx_.data() : nullptr,
+                                          dx_.stride, wanted & 2 ? da_.data() : nullptr,
+                                          wanted & 4 ? db_.data() : nullptr, wanted & 8 ? dbias_.data() : nullptr,
+                                          dtype, threads) == LORA_OPS_OK);
+    };
+    Matrix y2 = y, s2 = s, dx2 = dx, da2 = da, db2 = db, dbias2 = dbias;
+    run(1, y, s, dx, da, db, dbias);
+    run(static_cast<int>(random.integer(2, 3)), y2, s2, dx2, da2, db2, dbias2);
+    FUZZ_CHECK(y == y2 && s == s2 && dx == dx2 && da == da2 && db == db2 && dbias == dbias2);
+}
+
+struct Case {
+    const char* name;
+    void (*run)(Random& random);
+    int64_t calls;
+};
+
+Case cases[] = {{"nf4 codec", nf4_codec, 0}, {"blockwise8", blockwise8, 0}, {"dropout mask", dropout_mask, 0},
+                {"lora", lora, 0}};
+
+double seconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+}  // namespace
+}  // namespace fuzz
+
+int main(int argc, char** argv) {
+    using namespace fuzz;
+    const double budget = argc > 1 ? atof(argv[1]) : 60.0;
+    Random random(argc > 2 ? strtoull(argv[2], nullptr, 10) : 1);
+    std::vector<int> isas;
+    for (int isa = LORA_OPS_ISA_PORTABLE; isa <= LORA_OPS_ISA_AVX512_BF16; ++isa) {
+        if (lora_ops_supports_isa(isa)) isas.push_back(isa);
+    }
+    for (const double end = seconds() + budget; seconds() < end;) {
+        for (const int isa : isas) {
+            FUZZ_CHECK(lora_ops_force_isa(isa) == LORA_OPS_OK);
+            for (Case& c : cases) {
+                c.run(random);
+                ++c.calls;
+            }
+        }
+    }
+    printf("clean on %zu instruction sets:", isas.size());
+    for (const Case& c : cases) printf(" %s %lld", c.name, static_cast<long long>(c.calls));
+    printf("\n");
+}
