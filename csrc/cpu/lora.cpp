@@ -30,7 +30,7 @@ bool is_valid(const lora_ops_adapter* adapter) {
 }
 
 // Below this many multiply-adds a second thread costs more than it saves.
-constexpr double kWorkPerThread = 1 << 17;
+constexpr double kWorkPerThread = 1 << 15;
 
 int useful_threads(const lora_ops_adapter& adapter, int64_t m, int n_threads) {
     const double work = static_cast<double>(m) * static_cast<double>(adapter.r) * static_cast<double>(adapter.n + adapter.k);

@@ -37,6 +37,7 @@ constexpr int64_t kLanes = 16;                 // R is padded to a multiple wher
 constexpr int64_t kBlock = 64;                 // columns of C that a product handles at once
 constexpr int64_t kPrefetchRows = 8;           // how far ahead rows of y are fetched
 constexpr int64_t kGroups = 8;                 // parts of the sum over n in dS, each of one thread
+constexpr int64_t kFewRows = 4;                // up to which forward_few is faster (by 2 at M = 1, rank 16, 4096)
 constexpr int64_t kSuperRows = 8 * kTileRows;  // rows between two barriers of the backward
 
 // Terms that a product sums before it adds them to C. In one running sum of fp32 the error would grow with the root of
@@ -119,15 +120,45 @@ void product(int64_t n_i, int64_t n_j, int64_t count, const uint32_t* l, int64_t
     }
 }
 
-// out [columns, rows] = in [rows, columns].
-inline void transpose(const uint32_t* in, int64_t in_row, int64_t rows, int64_t columns, uint32_t* out,
-                      int64_t out_row) {
-    for (int64_t first = 0; first < rows; first += 16) {
-        const int64_t end = std::min(rows, first + 16);
-        for (int64_t c = 0; c < columns; ++c) {
-            for (int64_t r = first; r < end; ++r) out[c * out_row + r] = in[r * in_row + c];
+// out [columns, rows] = in [rows, columns]; rows is a multiple of 16, and in can be read up to 16 columns further.
+template <class V>
+void transpose(const uint32_t* in, int64_t in_row, int64_t rows, int64_t columns, uint32_t* out, int64_t out_row) {
+    for (int64_t r = 0; r < rows; r += 16) {
+        for (int64_t c = 0; c < columns; c += 16) {
+            const int64_t n = std::min<int64_t>(16, columns - c);
+            if constexpr (V::kWidth == 16) {
+                V::transpose16(in + r * in_row + c, in_row, n, out + c * out_row + r, out_row);
+            } else {
+                for (int64_t j = c; j < c + n; ++j) {
+                    for (int64_t i = r; i < r + 16; ++i) out[j * out_row + i] = in[i * in_row + j];
+                }
+            }
         }
     }
+}
+
+// The sum of a [n] b [n], n a multiple of 64, as the lanes of a vector.
+template <class V>
+typename V::F dot(const uint32_t* a, const uint32_t* b, int64_t n) {
+    typename V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int64_t i = 0; i < n; i += 4 * V::kWidth) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = i + j * V::kWidth;
+            sums[j] = V::multiply_add(sums[j], V::load(a + at), V::load(b + at));
+        }
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class V>
+float sum_of_lanes(typename V::F v) {
+    float lanes[V::kWidth];
+    V::store(lanes, v);
+    for (int n = V::kWidth / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    }
+    return lanes[0];
 }
 
 // Calls work with p as a pointer to its element type.
@@ -218,17 +249,17 @@ struct Lora {
         }
     }
 
-    // The right operand [elements(columns), out_row] of a product that sums over the columns of w [rows, columns]: its
-    // part for one tile of rows and columns.
+    // As pack_summed_rows, but summing over the columns of w: the part of a tile, out [elements, out_row]. Of n_rows, a
+    // multiple of 16, those that do not exist are zero.
     template <class T>
-    static void pack_summed_columns(const T* w, int64_t rows, int64_t columns, int64_t row, int64_t column,
-                                    uint32_t* out, int64_t out_row, uint32_t* tile) {
-        const int64_t n = std::min(kTileColumns, columns - column), n_rows = std::min(kTileRows, out_row - row);
+    static void pack_summed_columns(const T* w, int64_t rows, int64_t columns, int64_t row, int64_t n_rows,
+                                    int64_t column, uint32_t* out, int64_t out_row, uint32_t* tile) {
+        const int64_t n = std::min(kTileColumns, columns - column);
         for (int64_t i = 0; i < n_rows; ++i) {
             V::pack_row(w + (row + i) * columns + column, row + i < rows ? n : 0, nullptr, tile + i * kTileElements,
-                        kTileColumns);
+                        round_up(n, 2 * kLanes));
         }
-        transpose(tile, kTileElements, n_rows, elements(n), out + column / kPair * out_row + row, out_row);
+        transpose<V>(tile, kTileElements, n_rows, elements(n), out, out_row);
     }
 
     // y [rows, n] += L R in columns [begin, end), at most kTileColumns, where the bits say so.
@@ -266,6 +297,8 @@ struct Lora {
     }
 
     template <class T>
+    static int forward_few(const LoraForward& f);
+    template <class T>
     static int forward(const LoraForward& f);
     template <class T>
     static int backward(const LoraBackward& b);
@@ -280,12 +313,98 @@ inline MaskKey mask_key(const lora_ops_adapter& adapter) {
     return MaskKey(adapter.seed, adapter.offset, adapter.threshold);
 }
 
+// The forward of a few rows, as in generation, where packing all of A and B would cost more than using them: S by dot
+// products with A as it stands, split by rank; then B a block of rows at a time.
+template <class V>
+template <class T>
+int Lora<V>::forward_few(const LoraForward& f) {
+    static_assert(kPair == 1);
+    const lora_ops_adapter& adapter = f.adapter;
+    const int64_t n = adapter.n, k = adapter.k, r = adapter.r, lanes = round_up(r, kLanes);
+    const int64_t k_padded = round_up(k, kTileColumns);
+    const bool drop = adapter.threshold > 0;
+    const float keep = keep_scale(adapter);
+    const T* const x = static_cast<const T*>(f.x);
+    T* const y = static_cast<T*>(f.y);
+
+    struct Few {
+        uint32_t *x, *tile, *right;
+    };
+    const auto place_few = [&](void* memory, Few& few) {
+        Arena arena(memory);
+        few.x = arena.take<uint32_t>(f.m * k_padded);
+        few.tile = arena.take<uint32_t>(kBlock * kTileElements);
+        few.right = arena.take<uint32_t>(r * kBlock);
+        return arena.used();
+    };
+    Few sizes;
+    const size_t few_bytes = place_few(nullptr, sizes);
+    uint32_t* left;
+    char* scratches;
+    const auto place = [&](void* memory) {
+        Arena arena(memory);
+        left = arena.take<uint32_t>(round_up(f.m, 4) * lanes);
+        scratches = arena.take<char>(static_cast<int64_t>(few_bytes) * f.n_threads);
+        return arena.used();
+    };
+    void* const memory = lora_workspace(place(nullptr));
+    if (!memory) return LORA_OPS_NO_MEMORY;
+    place(memory);
+    memset(left, 0, static_cast<size_t>(round_up(f.m, 4) * lanes) * sizeof *left);
+
+#pragma omp parallel num_threads(f.n_threads)
+    {
+        Few my;
+        place_few(scratches + few_bytes * static_cast<size_t>(thread_number()), my);
+        typename V::Mask mask(mask_key(adapter));
+        for (int64_t c = 0; c < k; c += kTileColumns) {
+            if (drop) mask.start(c);
+            for (int64_t i = 0; i < f.m; ++i) {
+                uint8_t bits[kMaskBytes];
+                if (drop) mask.row(i, bits);
+                V::pack_row(x + i * f.x_stride + c, std::min(kTileColumns, k - c), drop ? bits : nullptr,
+                            my.x + i * k_padded + c, kTileColumns);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < r; ++j) {
+            typename V::F sums[kFewRows];
+            for (int64_t i = 0; i < f.m; ++i) sums[i] = V::zero();
+            with_type(adapter.a, adapter.a_dtype, [&](auto* a) {
+                for (int64_t c = 0; c < k; c += kTileColumns) {
+                    const int64_t columns = std::min(kTileColumns, k - c), width = round_up(columns, 64);
+                    V::pack_row(a + j * k + c, columns, nullptr, my.tile, width);
+                    for (int64_t i = 0; i < f.m; ++i) sums[i] = sums[i] + dot<V>(my.tile, my.x + i * k_padded + c, width);
+                }
+            });
+            for (int64_t i = 0; i < f.m; ++i) {
+                const float s = sum_of_lanes<V>(sums[i]) * keep;
+                f.s[i * r + j] = s;
+                left[i * lanes + j] = float_bits(s * adapter.scale);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += kBlock) {
+            with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
+                for (int64_t c = 0; c < r; c += kTileColumns) {
+                    pack_summed_columns(b, n, r, first, kBlock, c, my.right + c * kBlock, kBlock, my.tile);
+                }
+            });
+            add_product(y + first, f.y_stride, f.m, 0, std::min(kBlock, n - first), r, left, lanes, my.right, kBlock,
+                        static_cast<const uint8_t*>(nullptr));
+        }
+    }
+    return LORA_OPS_OK;
+}
+
 template <class V>
 template <class T>
 int Lora<V>::forward(const LoraForward& f) {
     const lora_ops_adapter& adapter = f.adapter;
     const int64_t n = adapter.n, k = adapter.k, r = adapter.r, lanes = round_up(r, kLanes);
     const int64_t n_padded = round_up(n, kBlock);
+    // Smaller tiles where whole ones would leave threads without work.
+    const int64_t tile_rows = f.m >= kTileRows * f.n_threads ? kTileRows : kTileRows / 2;
     const bool drop = adapter.threshold > 0;
     const float keep = keep_scale(adapter);
     const T* const x = static_cast<const T*>(f.x);
@@ -315,7 +434,8 @@ int Lora<V>::forward(const LoraForward& f) {
         for (int64_t c = 0; c < k; c += kTileColumns) {
             with_type(adapter.a, adapter.a_dtype, [&](auto* a) {
                 for (int64_t i = 0; i < lanes; i += kTileRows) {
-                    pack_summed_columns(a, r, k, i, c, a_panel, lanes, my.tile);
+                    pack_summed_columns(a, r, k, i, std::min(kTileRows, lanes - i), c,
+                                        a_panel + c / kPair * lanes + i, lanes, my.tile);
                 }
             });
         }
@@ -323,13 +443,14 @@ int Lora<V>::forward(const LoraForward& f) {
         for (int64_t i = 0; i < n_padded; i += kTileRows) {
             with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
                 for (int64_t c = 0; c < r; c += kTileColumns) {
-                    pack_summed_columns(b, n, r, i, c, b_panel, n_padded, my.tile);
+                    pack_summed_columns(b, n, r, i, kTileRows, c, b_panel + c / kPair * n_padded + i, n_padded,
+                                        my.tile);
                 }
             });
         }
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < f.m; m += kTileRows) {
-            const int64_t rows = std::min(kTileRows, f.m - m), padded_rows = round_up(rows, 16);
+        for (int64_t m = 0; m < f.m; m += tile_rows) {
+            const int64_t rows = std::min(tile_rows, f.m - m), padded_rows = round_up(rows, 16);
             for (int64_t c = 0; c < k; c += kTileColumns) {
                 const int64_t columns = std::min(kTileColumns, k - c);
                 if (drop) mask.start(c);
@@ -557,6 +678,11 @@ int Lora<V>::backward(const LoraBackward& g) {
 template <class VBF16, class V32>
 struct LoraEntry {
     static int forward(const LoraForward& f) {
+        if (f.m <= kFewRows) {
+            if (f.dtype == LORA_OPS_F32) return Lora<V32>::template forward_few<float>(f);
+            if (f.dtype == LORA_OPS_F16) return Lora<V32>::template forward_few<F16>(f);
+            return Lora<V32>::template forward_few<BF16>(f);
+        }
         if (f.dtype == LORA_OPS_F32) return Lora<V32>::template forward<float>(f);
         if (f.dtype == LORA_OPS_F16) return Lora<V32>::template forward<F16>(f);
         return Lora<VBF16>::template forward<BF16>(f);

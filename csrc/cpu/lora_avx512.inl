@@ -52,6 +52,40 @@ struct Avx512Float {
     static F broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
     static F multiply_add(F sum, F a, F b) { return _mm512_fmadd_ps(a, b, sum); }
 
+    // out [n, 16] = in [16, n <= 16].
+    static void transpose16(const uint32_t* in, int64_t in_row, int64_t n, uint32_t* out, int64_t out_row) {
+        __m512i a[16], b[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_row);
+#pragma GCC unroll 8
+        for (int i = 0; i < 16; i += 2) {  // pairs of rows
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4) {  // fours: a[i + j] holds columns j, j + 4, j + 8, j + 12
+            a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+            a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+            a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+            a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m512i even_low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);  // columns j, j + 8 of rows 0-7
+            const __m512i odd_low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);   // columns j + 4, j + 12
+            const __m512i even_high = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+            const __m512i odd_high = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+            b[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+            b[j + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+            b[j + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+            b[j + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) {
+            if (j < n) _mm512_storeu_si512(out + j * out_row, b[j]);
+        }
+    }
+
     // x [n] -> out [width], a multiple of 16: zero where the bits are, and from n on.
     template <class T>
     static void pack_row(const T* x, int64_t n, const uint8_t* bits, uint32_t* out, int64_t width) {
