@@ -61,12 +61,15 @@ class Adapter(Structure):
     )
 
 
+_NF4_LINEAR_SHAPE = (c_int64, c_int64, c_void_p, c_int64, c_int64)  # n, k, x, m, stride_x
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_get_isa": (),
     "lora_ops_supports_isa": (c_int,),
     "lora_ops_force_isa": (c_int,),
     "lora_ops_nf4_quantize": (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
+    "lora_ops_nf4_linear": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_void_p, c_int64, c_int, c_int),
+    "lora_ops_nf4_linear_dx": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_int64, c_int, c_int),
     "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
     "lora_ops_blockwise8_dequantize": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "lora_ops_lora_forward": (
@@ -210,6 +213,41 @@ def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None
         byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
     )
     _check(status, "nf4_dequantize", "q")
+
+
+def nf4_linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y [M, N] = x [M, K] Wᵀ + bias [N]; x and y have unit stride along their last dimension."""
+    status = library().lora_ops_nf4_linear(
+        byref(weight),
+        y.shape[1],
+        x.shape[1],
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        y.stride(0),
+        _DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status, "nf4_linear", "x")
+
+
+def nf4_linear_dx(weight: NF4Weight, dy: Tensor, dx: Tensor) -> None:
+    """dx [M, K] = dy [M, N] W; dy and dx have unit stride along their last dimension."""
+    status = library().lora_ops_nf4_linear_dx(
+        byref(weight),
+        dy.shape[1],
+        dx.shape[1],
+        dy.data_ptr(),
+        dy.shape[0],
+        dy.stride(0),
+        dx.data_ptr(),
+        dx.stride(0),
+        _DTYPES[dy.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status, "nf4_linear_dx", "dy")
 
 
 def blockwise8_quantize(x: Tensor, block_size: int, code_map: Tensor, codes: Tensor, absmax: Tensor) -> None:

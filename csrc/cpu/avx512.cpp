@@ -1,12 +1,16 @@
 // AVX-512 F, BW, DQ, VL: one register permute looks up 16 or 32 codes.
 #include <immintrin.h>
+#include <string.h>
 
+#include "gemm.h"
 #include "kernels.h"
 #include "nf4_table.h"
 #include "scalar.h"
 
 #include "nf4.inl"
 #include "blockwise8.inl"
+#include "nf4_gemm.inl"
+#include "nf4_gemm_f32.inl"
 
 namespace lora_ops {
 namespace {
@@ -188,7 +192,63 @@ void Avx512::encode8(const float* x, int64_t n, float scale, const Blockwise8Sea
     }
 }
 
+inline __m512 widen(__m256i x, F16) { return _mm512_cvtph_ps(x); }
+inline __m512 widen(__m256i x, BF16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+struct Avx512Floats {
+    using F = __m512;
+    using Codec = Avx512;
+    static constexpr int kLanes = 16, kRows = 6, kVectors = 4;  // 24 accumulators, 4 + 1 operands of 32 registers
+
+    template <class T>
+    static Avx512::Table<float> table(float absmax) {
+        Avx512::Table<float> table(absmax);
+        if constexpr (sizeof(T) == 2) table.value = widen(to_16_bits(table.value, T{}), T{});
+        return table;
+    }
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(F a) { return _mm512_reduce_add_ps(a); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    template <class T>
+    static F load(const T* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{}); }
+    template <class T>
+    static void store(T* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_16_bits(x, T{})); }
+
+    // Columns [at, at + 16) of 16 rows -> rows of out.
+    static void transpose(const float* const rows[16], int64_t at, float* out, int64_t stride) {
+        __m512 r[16], t[16];
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(rows[i] + at);
+        for (int i = 0; i < 16; i += 4) {
+            const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
+            const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
+            const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[i + 2], r[i + 3]));
+            const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(r[i + 2], r[i + 3]));
+            t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+            t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+            t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+            t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+        }
+        for (int i = 0; i < 4; ++i) {
+            const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+            const __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
+            const __m512 d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+            _mm512_storeu_ps(out + i * stride, _mm512_shuffle_f32x4(a, c, 0x88));
+            _mm512_storeu_ps(out + (i + 8) * stride, _mm512_shuffle_f32x4(a, c, 0xdd));
+            _mm512_storeu_ps(out + (i + 4) * stride, _mm512_shuffle_f32x4(b, d, 0x88));
+            _mm512_storeu_ps(out + (i + 12) * stride, _mm512_shuffle_f32x4(b, d, 0xdd));
+        }
+    }
+};
+
 }  // namespace
+
+const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, f32_task<Avx512Floats>};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
                                 blockwise8_dequantize};

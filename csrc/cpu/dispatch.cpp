@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <new>
 
+#include "gemm.h"
 #include "kernels.h"
 #include "nf4_table.h"
 #include "scalar.h"
@@ -63,6 +66,17 @@ const Kernels& kernels() {
     return kPortableKernels;
 }
 
+const Nf4GemmKernels& gemm_kernels() {
+#if defined(LORA_OPS_X86)
+    switch (current_isa()) {
+        case LORA_OPS_ISA_AVX2: return kAvx2Gemm;
+        case LORA_OPS_ISA_AVX512: return kAvx512Gemm;
+        case LORA_OPS_ISA_AVX512_BF16: return kAvx512Bf16Gemm;
+    }
+#endif
+    return kPortableGemm;
+}
+
 // Calls work(begin, end) on pieces of [begin, end) that meet at multiples of align, one piece a thread.
 template <class Work>
 void parallel(int64_t begin, int64_t end, int64_t align, int n_threads, Work work) {
@@ -81,6 +95,50 @@ void parallel(int64_t begin, int64_t end, int64_t align, int n_threads, Work wor
 
 int64_t size_of(int dtype) { return dtype == LORA_OPS_F32 ? 4 : 2; }
 bool is_dtype(int dtype) { return dtype == LORA_OPS_F32 || dtype == LORA_OPS_F16 || dtype == LORA_OPS_BF16; }
+
+// Memory of the calling thread that stays allocated until the thread ends: fresh pages cost as much as a small product.
+char* scratch(int64_t bytes) {
+    struct Free {
+        void operator()(char* p) const { operator delete[](p, std::align_val_t{64}); }
+    };
+    thread_local std::unique_ptr<char[], Free> memory;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+        memory.reset();
+        size = 0;
+        memory.reset(new (std::align_val_t{64}, std::nothrow) char[bytes]);
+        if (memory) size = bytes;
+    }
+    return memory.get();
+}
+
+bool is_valid(const lora_ops_nf4_weight* w) {
+    if (!w || w->block_size <= 0 || w->block_size % 32) return false;
+    const bool nested = w->absmax_codes && w->absmax_map && w->nested_absmax;
+    return w->packed && (w->absmax || nested);
+}
+
+int nf4_gemm(const Nf4Gemm& g, int n_threads) {
+    if (g.n < 0 || g.k < 0 || g.m < 0 || n_threads < 1 || !is_dtype(g.dtype)) return LORA_OPS_BAD_ARGUMENT;
+    if (g.m == 0 || g.columns == 0) return LORA_OPS_OK;
+    if (!g.out || (g.m > 1 && g.stride_out < g.columns)) return LORA_OPS_BAD_ARGUMENT;
+    if (g.depth > 0 && (!g.a || !is_valid(&g.w))) return LORA_OPS_BAD_ARGUMENT;
+    const Nf4GemmKernels& isa = gemm_kernels();
+    const Nf4GemmPlan plan = isa.plan(g, n_threads);
+    const int64_t useful = g.n * g.k / kElementsPerThread + 1;
+    const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
+    std::atomic<bool> has_memory{true};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int64_t task = 0; task < plan.tasks; ++task) {
+        char* const memory = scratch(plan.scratch_bytes);
+        if (plan.scratch_bytes && !memory) {
+            has_memory.store(false, std::memory_order_relaxed);
+        } else {
+            isa.task(g, plan, task, memory);
+        }
+    }
+    return has_memory.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NO_MEMORY;
+}
 
 Blockwise8Search make_search(const float* map) {
     Blockwise8Search search = {};
@@ -148,14 +206,27 @@ int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t
     if (!w || begin < 0 || end < begin || n_threads < 1 || !is_dtype(dtype)) return LORA_OPS_BAD_ARGUMENT;
     if (w->block_size <= 0 || w->block_size % 32) return LORA_OPS_BAD_ARGUMENT;
     if (begin == end) return LORA_OPS_OK;
-    const bool nested = w->absmax_codes && w->absmax_map && w->nested_absmax;
-    if (!w->packed || !out || !(w->absmax || nested)) return LORA_OPS_BAD_ARGUMENT;
+    if (!out || !is_valid(w)) return LORA_OPS_BAD_ARGUMENT;
     const Kernels& isa = kernels();
     parallel(begin, end, w->block_size, n_threads, [&](int64_t from, int64_t to) {
         char* target = static_cast<char*>(out) + (from - begin) * size_of(dtype);
         isa.nf4_dequantize(*w, from, to, target, static_cast<lora_ops_dtype>(dtype));
     });
     return LORA_OPS_OK;
+}
+
+int lora_ops_nf4_linear(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* x, int64_t m, int64_t stride_x,
+                        const void* bias, void* y, int64_t stride_y, int dtype, int n_threads) {
+    if (!w) return LORA_OPS_BAD_ARGUMENT;
+    const auto type = static_cast<lora_ops_dtype>(dtype);
+    return nf4_gemm({*w, n, k, x, m, stride_x, bias, y, stride_y, type, false, n, k}, n_threads);
+}
+
+int lora_ops_nf4_linear_dx(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* dy, int64_t m,
+                           int64_t stride_dy, void* dx, int64_t stride_dx, int dtype, int n_threads) {
+    if (!w) return LORA_OPS_BAD_ARGUMENT;
+    const auto type = static_cast<lora_ops_dtype>(dtype);
+    return nf4_gemm({*w, n, k, dy, m, stride_dy, nullptr, dx, stride_dx, type, true, k, n}, n_threads);
 }
 
 int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map, uint8_t* codes,

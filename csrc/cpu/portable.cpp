@@ -1,10 +1,15 @@
 // Plain C++ for any machine; the compiler vectorizes what it can.
+#include <string.h>
+
+#include "gemm.h"
 #include "kernels.h"
 #include "nf4_table.h"
 #include "scalar.h"
 
 #include "nf4.inl"
 #include "blockwise8.inl"
+#include "nf4_gemm.inl"
+#include "nf4_gemm_f32.inl"
 
 namespace lora_ops {
 namespace {
@@ -47,7 +52,45 @@ struct Portable {
     }
 };
 
+struct PortableFloats {
+    typedef float F __attribute__((vector_size(16)));  // a vector register of every 64-bit machine
+    using Codec = Portable;
+    static constexpr int kLanes = 4, kRows = 4, kVectors = 2;  // 8 accumulators, 2 + 1 operands of 16 registers
+
+    template <class T>
+    static Portable::Table<float> table(float absmax) {
+        Portable::Table<float> table(absmax);
+        for (float& value : table.value) value = to_float(round_to<T>(value));
+        return table;
+    }
+    static F zero() { return F{}; }
+    static F set1(float x) { return F{x, x, x, x}; }
+    static F add(F a, F b) { return a + b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+    static F load(const float* p) {
+        F x;
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static void store(float* p, F x) { memcpy(p, &x, sizeof x); }
+    template <class T>
+    static F load(const T* p) { return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+    template <class T>
+    static void store(T* p, F x) {
+        for (int i = 0; i < kLanes; ++i) p[i] = round_to<T>(x[i]);
+    }
+
+    static void transpose(const float* const rows[4], int64_t at, float* out, int64_t stride) {
+        for (int i = 0; i < kLanes; ++i) {
+            for (int j = 0; j < kLanes; ++j) out[j * stride + i] = rows[i][at + j];
+        }
+    }
+};
+
 }  // namespace
+
+const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, f32_task<PortableFloats>};
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
                                   blockwise8_quantize<Portable>, blockwise8_dequantize};

@@ -87,6 +87,17 @@ LORA_OPS_API int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int6
 LORA_OPS_API int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t end, void* out,
                                          int dtype, int n_threads);
 
+/* y [m, n] = x [m, k] Wᵀ + bias, with W [n, k] rounded to dtype, sums in fp32 and one rounding at the end. x, y and
+ * bias [n] (or NULL) are of dtype; rows of x are stride_x elements apart, rows of y stride_y. Scratch: less than 2 MiB
+ * a thread, kept until the thread ends. */
+LORA_OPS_API int lora_ops_nf4_linear(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* x, int64_t m,
+                                     int64_t stride_x, const void* bias, void* y, int64_t stride_y, int dtype,
+                                     int n_threads);
+
+/* dx [m, k] = dy [m, n] W, likewise. */
+LORA_OPS_API int lora_ops_nf4_linear_dx(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* dy, int64_t m,
+                                        int64_t stride_dy, void* dx, int64_t stride_dx, int dtype, int n_threads);
+
 /* x [n] -> codes [n], absmax [ceil(n / block_size)]: the nearest of map's 256 ascending values, ties to the lower. */
 LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map,
                                               uint8_t* codes, float* absmax, int n_threads);

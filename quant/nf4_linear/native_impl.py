@@ -1,29 +1,40 @@
-"""Linear layer over an NF4 weight on the CPU: W decoded by the native codec into a temporary, then torch's own GEMM.
-
-W is decoded in the activations' dtype; the GEMM accumulates in float32 and rounds once. The temporary lives for one
-call.
-"""
+"""Linear layer over an NF4 weight on the CPU, in C++: csrc/cpu/nf4_gemm.inl. W is decoded a panel at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from lora_ops import _native
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec import native_impl as codec
+from lora_ops.quant.nf4_linear.reference import as_matrix
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K] with unit stride along K and rows that do not overlap."""
+    x = as_matrix(x)
+    return x if x.stride(1) == 1 and (x.shape[0] < 2 or x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
-    return linear(x, codec.dequantize_nf4(q, x.dtype), bias)
+    x2 = _rows(x)
+    y = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
+    weight = codec.weight_of(q)
+    _native.nf4_linear(weight, x2, None if bias is None else bias.contiguous(), y)
+    return y.view(*x.shape[:-1], q.shape[0])
 
 
 def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
-    return dy @ codec.dequantize_nf4(q, dy.dtype)
+    dy2 = _rows(dy)
+    dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
+    _native.nf4_linear_dx(codec.weight_of(q), dy2, dx)
+    return dx.view(*dy.shape[:-1], q.shape[1])
 
 
 def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:

@@ -1,0 +1,114 @@
+// A product with an NF4 weight, blocked for the cache; written once for every instruction set.
+//
+// The weight is decoded panel by panel: kColumns columns of the output and up to kDepth terms of their sums, laid out
+// as the micro-kernel reads it. A panel stays in the L2 cache and is multiplied with all rows of the task. Sums stay
+// in registers over a panel and, where one panel does not hold a whole sum, wait in fp32 for the next.
+//
+// Engine supplies, for its element type T of a, bias and out:
+//   kRows, kColumns       the micro-kernel's tile: accumulators that fit the registers
+//   kDepth                terms of a panel, even
+//   kPanelBytes           of a panel
+//   kTileBytes            scratch of a tile
+//   void panel(const Nf4Gemm&, int64_t column, int64_t begin, int64_t depth, void* panel)
+//                         columns [column, column + kColumns), zero beyond the last, terms [begin, begin + depth)
+//   void tile<rows>(const Tile<T>&, void* scratch)    rows <= kRows
+
+#include <utility>
+
+namespace lora_ops {
+namespace {
+
+constexpr int64_t kTaskRows = 2048;       // x's rows of a task stay in L3, and decoding again costs 0.5 %
+constexpr int64_t kFewestTaskRows = 128;  // below, decoding again for another thread costs more than it gains
+
+template <class T>
+struct Tile {
+    const T* a;
+    int64_t stride_a;
+    int64_t depth;
+    const void* panel;
+    float* sums;  // [rows, kColumns]
+    bool first, last;
+    const T* bias;
+    T* out;
+    int64_t stride_out;
+    int64_t columns;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Engine>
+Nf4GemmPlan panel_plan(const Nf4Gemm& g, int n_threads) {
+    const int64_t panels = ceil_div(g.columns, Engine::kColumns);
+    int64_t row_blocks = ceil_div(g.m, kTaskRows);
+    // Few panels: also split the rows, so that every thread has work.
+    if (panels * row_blocks < 4 * n_threads) {
+        const int64_t most = g.m / kFewestTaskRows > 1 ? g.m / kFewestTaskRows : 1;
+        const int64_t wanted = lesser(ceil_div(4 * n_threads, panels), most);
+        row_blocks = row_blocks < wanted ? wanted : row_blocks;
+    }
+    Nf4GemmPlan plan = {};
+    plan.task_rows = ceil_div(ceil_div(g.m, row_blocks), Engine::kRows) * Engine::kRows;
+    plan.tasks = panels * ceil_div(g.m, plan.task_rows);
+    const bool whole_sums = g.depth <= Engine::kDepth;
+    const int64_t sums = whole_sums ? 0 : plan.task_rows * Engine::kColumns * static_cast<int64_t>(sizeof(float));
+    plan.scratch_bytes = Engine::kPanelBytes + Engine::kTileBytes + sums;
+    return plan;
+}
+
+template <class Engine, class T, int... i>
+void run_tile(int rows, const Tile<T>& tile, void* scratch, std::integer_sequence<int, i...>) {
+    ((rows == i + 1 ? Engine::template tile<i + 1>(tile, scratch) : void()), ...);
+}
+
+template <class Engine, class T>
+void panel_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch) {
+    const int64_t panels = ceil_div(g.columns, Engine::kColumns);
+    const int64_t column = task % panels * Engine::kColumns;
+    const int64_t first_row = task / panels * plan.task_rows;
+    const int64_t rows = lesser(plan.task_rows, g.m - first_row);
+    char* const panel = scratch;
+    char* const tile_scratch = scratch + Engine::kPanelBytes;
+    float* const sums = reinterpret_cast<float*>(tile_scratch + Engine::kTileBytes);
+    using Heights = std::make_integer_sequence<int, Engine::kRows>;
+    // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
+    const int64_t tiles = ceil_div(rows, Engine::kRows);
+
+    const int64_t chunks = ceil_div(g.depth, Engine::kDepth);
+    // A product without terms still writes the bias.
+    for (int64_t chunk = 0; chunk < (chunks ? chunks : 1); ++chunk) {
+        const int64_t begin = chunk * Engine::kDepth;
+        const int64_t depth = lesser(Engine::kDepth, g.depth - begin);
+        if (depth > 0) Engine::panel(g, column, begin, depth, panel);
+        for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+            const int64_t row = first_row + from;
+            Tile<T> tile;
+            tile.a = static_cast<const T*>(g.a) + row * g.stride_a + begin;
+            tile.stride_a = g.stride_a;
+            tile.depth = depth;
+            tile.panel = panel;
+            tile.sums = sums + from * Engine::kColumns;
+            tile.first = chunk == 0;
+            tile.last = chunk + 1 >= chunks;
+            tile.bias = g.bias ? static_cast<const T*>(g.bias) + column : nullptr;
+            tile.out = static_cast<T*>(g.out) + row * g.stride_out + column;
+            tile.stride_out = g.stride_out;
+            tile.columns = lesser(Engine::kColumns, g.columns - column);
+            run_tile<Engine>(static_cast<int>(to - from), tile, tile_scratch, Heights{});
+        }
+    }
+}
+
+// The scales of the n blocks from `first` on.
+inline void nf4_scales(const lora_ops_nf4_weight& w, int64_t first, int64_t n, float* scales) {
+    if (w.absmax) {
+        for (int64_t i = 0; i < n; ++i) scales[i] = w.absmax[first + i];
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) scales[i] = nf4_absmax(w, first + i);
+}
+
+}  // namespace
+}  // namespace lora_ops
