@@ -369,7 +369,7 @@ def _quantize(name: str, linear: nn.Module) -> NF4Linear:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _quantizable(model: PeftModel) -> list[tuple[str, Any, nn.Module]]:
+def _quantizable(model: PeftModel) -> list[tuple[str, Any, Any]]:
     """The dense linear layers that quantize="nf4" takes, with their names and the modules that hold them."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -381,7 +381,7 @@ def _quantizable(model: PeftModel) -> list[tuple[str, Any, nn.Module]]:
     keep = {*(getattr(root, "_keep_in_fp32_modules", None) or ()),
             *(getattr(root, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
     holders = Counter(id(p) for m in root.modules() for p in m.parameters(recurse=False))
-    todo: list[tuple[str, Any, nn.Module]] = []
+    todo: list[tuple[str, Any, Any]] = []
     inside = ""  # a LoRA layer or a module that is trained whole, whose parts are not for themselves
     for name, module in root.named_modules():
         if inside and name.startswith(inside):

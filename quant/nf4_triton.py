@@ -2,8 +2,8 @@
 
 A 16-entry table does not fit one byte permute, which picks 4 bytes out of 8, so each byte of the values is looked up in
 both halves of the table and a third permute takes the half that bit 3 of the code names. A packed word is its own
-selector, so nibbles are never unpacked. Instructions a weight: 2.6 to 16 bits, 5.6 to fp32, and in SASS up to 2 more that
-load the table (ptxas does not keep it in registers). A tree of selects takes 20; a decode pass has room for 15.
+selector, so nibbles are never unpacked. Instructions a weight: 2.6 to 16 bits, 5.6 to fp32, and in SASS up to 2 more
+that load the table (ptxas does not keep it in registers). A tree of selects takes 20; a decode pass has room for 15.
 
 The assembly is written from NF4_CODE here; tests/gpu_proof executes its text and holds every byte to the code book.
 The interpreter runs no assembly and AMD has no `prmt`: both take the tree of selects.

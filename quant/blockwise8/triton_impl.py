@@ -109,6 +109,7 @@ IMPLS: dict[str, Callable] = {
 
 def gate() -> Iterator[GateCase]:
     """Every variant that the launchers can produce: n is passed in 64 bits where 32 do not hold it."""
+    call: Callable[[], object]
     for n, huge in ((1 << 20, False), (3 * 2**31 + 77, True)):
         suffix = " n > 2^31" if huge else ""
         x, codes = (torch.empty(n, dtype=d, device="meta") for d in (torch.float32, torch.uint8))

@@ -182,6 +182,7 @@ _SMALL, _HUGE = 1 << 20, 3 * 2**31 + 77
 
 def gate() -> Iterator[GateCase]:
     """Every variant that the launchers can produce: n is passed in 64 bits where 32 do not hold it."""
+    call: Callable[[], object]
     for n, huge in ((_SMALL, False), (_HUGE, True)):
         for dtype in DTYPES if not huge else DTYPES[1:2]:
             suffix = f"{dtype_name(dtype)}{' n > 2^31' if huge else ''}"
