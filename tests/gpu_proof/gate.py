@@ -1,252 +1,140 @@
 """The compile gate: every shipped (kernel, config) is compiled for every chip, and its machine code is read.
 
-    python -m tests.gpu_proof.gate            # compile, check, write bench/compile_gate.md
-    python -m tests.gpu_proof.gate nf4_codec  # only the ops named; prints, writes nothing
+    python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.md and .json
+    python -m tests.gpu_proof.gate nf4_codec    # only the ops named; writes their results to the .json alone
+    python -m tests.gpu_proof.gate --all        # trust no recorded result
 
-No GPU is needed: Triton compiles for any target and brings ptxas and nvdisasm. The launchers run on meta tensors, so
-signatures, alignment and options are those that a GPU would see. Not to be run with TRITON_INTERPRET=1.
+No GPU is needed. The launchers run on meta tensors, so signatures, alignment and options are those that a GPU would
+see. The .json records results by fingerprint (source, signature, options, Triton, these rules): what stands there need
+not be compiled again, which keeps `make test` short. Not to be run with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
-from lora_ops._triton import Expect, Launch, interpreting
-from tests.gpu_proof import registry
+from tests.gpu_proof import machine_code, registry
+from tests.gpu_proof.machine_code import CHIPS, Chip, compiled, problems, read
 
-TABLE = Path(__file__).parents[2] / "bench" / "compile_gate.md"
+BENCH = Path(__file__).parents[2] / "bench"
+TABLE, RECORD = BENCH / "compile_gate.md", BENCH / "compile_gate.json"
 WORKERS = 2
 
 
 @dataclass(frozen=True)
-class Chip:
-    """A target and the bytes of shared memory (LDS on AMD) that one program may have."""
+class Result:
+    """What the gate found in one kernel's code for one chip."""
 
-    name: str
-    target: GPUTarget
-    shared: int
-
-
-# CUDA C++ Programming Guide, table of technical specifications; MI300 ISA guide for gfx942.
-CHIPS: tuple[Chip, ...] = (
-    Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
-    Chip("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024),
-    Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
-    Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
-    Chip("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024),
-    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
-)
-TENSOR_MEMORY_COLUMNS = 512  # sm_100
+    summary: str
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Code:
-    """What the machine code of one kernel on one chip shows."""
+class Task:
+    """One shipped launch on one chip; `key` is the same for tasks whose result must be the same."""
 
-    registers: int
-    stack: int  # bytes, spills included
-    shared: int
-    tensor_memory: int
-    ops: Counter[str]
-    source: str  # PTX, or LLVM IR on AMD: where contraction is decided
-
-    def count(self, pattern: str) -> int:
-        return sum(n for op, n in self.ops.items() if re.match(pattern, op))
+    module: str
+    index: int
+    chip: str
+    id: str
+    key: str
 
 
-class _Driver(DriverBase):
-    """A driver of no device: tells Triton's own launcher code which chip to compile for."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_current_target(self) -> GPUTarget:
-        return CHIPS[self.index].target
-
-    def get_active_torch_device(self) -> Any:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-    def get_current_device(self) -> int:
-        return self.index  # Triton caches signatures and kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compiled(launch: Launch, chip: Chip) -> Any:
-    """The kernel as the JIT would build it for this launch on this chip."""
-    if interpreting():
-        raise RuntimeError("tests.gpu_proof.gate: TRITON_INTERPRET=1 is set; compile in a process of its own")
-    triton.runtime.driver.set_active(_Driver(CHIPS.index(chip)))
-    return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
-
-
-def read(kernel: Any) -> Code:
-    """Registers, stack, shared memory and instructions of a compiled kernel."""
-    memory = {"shared": kernel.metadata.shared, "tensor_memory": getattr(kernel.metadata, "tmem_size", 0) or 0}
-    if "amdgcn" in kernel.asm:
-        asm = kernel.asm["amdgcn"]
-
-        def field(name: str) -> int:
-            found = re.search(rf"\.{name}:\s+(\d+)", asm)
-            if found is None:
-                raise ValueError(f"no .{name} in the metadata of {kernel.metadata.name}")
-            return int(found[1])
-
-        # Spilled scalar registers go to vector lanes first and do not show as stack.
-        spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
-        ops = Counter(re.findall(r"^\t([a-z]\w+)", asm, re.MULTILINE))
-        stack = max(field("private_segment_fixed_size"), spills)
-        return Code(field("vgpr_count"), stack, ops=ops, source=kernel.asm["llir"], **memory)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump answered {usage!r}")
-    registers, stack, local = map(int, found.groups())
-    ops = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass))
-    return Code(registers, stack + local, ops=ops, source=kernel.asm["ptx"], **memory)
+def check(item: registry.Shipped, chip: Chip) -> Result:
+    """Compile a launch for a chip and read its code."""
+    try:
+        code = read(compiled(item.launch, chip))
+    except (triton.TritonError, RuntimeError) as e:
+        return Result("", (f"does not compile: {' '.join(str(e).split())[-300:]}",))
+    found = [op.split(".")[0] for op in code.ops if re.match("(U?T?C?HG?MMA|v_mfma)", op)]
+    mma = min(found, key=len).split("_f32")[0] if found else ""
+    shared = f"{code.shared / 1024:.3g} K" if code.shared else ""
+    summary = ", ".join(part for part in (f"{code.registers} r", shared, mma) if part)
+    return Result(summary, tuple(problems(code, chip, item.expect)))
 
 
 @functools.cache
-def _tools() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _rules() -> str:
+    return hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()
 
 
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([str(_tools() / name), *args], capture_output=True, text=True, check=True).stdout
+@functools.cache
+def _shipped(module: str) -> tuple[registry.Shipped, ...]:
+    return tuple(registry.shipped_by(module))
 
 
-# opcode patterns: (NVIDIA's SASS, AMD's assembly)
-_WIDE = {
-    "load": (r"(LDG|LDGSTS|LD)\..*\.(128|256)(\.|$)|UTMALDG", r"(global|buffer|flat)_load_(dwordx4|b128)"),
-    "store": (r"(STG|ST)\..*\.(128|256)(\.|$)|UTMASTG", r"(global|buffer|flat)_store_(dwordx4|b128)"),
-}
-_ATOMIC = (r"(RED|REDG|ATOM|ATOMG)(\.|$)", r"(global|buffer|flat)_atomic")
-_LOCAL = (r"(STL|LDL)(\.|$)", r"scratch_(load|store)")
+def tasks(modules: Iterable[str]) -> list[Task]:
+    """Every shipped launch of the modules on every chip."""
+    found = []
+    for module in modules:
+        for chip in CHIPS:
+            for index, item in enumerate(_shipped(module)):
+                parts = (machine_code.fingerprint(item.launch, chip), repr(item.expect), _rules())
+                key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+                found.append(Task(module, index, chip.name, item.id, key))
+    return found
 
 
-def problems(code: Code, chip: Chip, expect: Expect) -> list[str]:
-    """What is wrong with the code, in words."""
-    amd = chip.target.backend == "hip"
-    wrong = []
-    if code.stack or code.count(_LOCAL[amd]):
-        wrong.append(f"{code.stack} bytes of stack or spills, {code.count(_LOCAL[amd])} local accesses")
-    if code.shared > chip.shared:
-        wrong.append(f"{code.shared} bytes of shared memory, {chip.name} has {chip.shared}")
-    if code.tensor_memory > TENSOR_MEMORY_COLUMNS:
-        wrong.append(f"{code.tensor_memory} columns of tensor memory, {chip.name} has {TENSOR_MEMORY_COLUMNS}")
-    if n := code.count(_ATOMIC[amd]):
-        wrong.append(f"{n} atomics")
-    mma = expect.mma.get(chip.name)
-    if mma and not code.count(mma):
-        other = [op for op in code.ops if "MMA" in op or "mfma" in op]
-        wrong.append(f"no {mma} (matrix instructions: {', '.join(other) or 'none'})")
-    wrong += [f"no 16-byte {side}" for side in expect.wide.split() if not code.count(_WIDE[side][amd])]
-    if expect.exact:
-        wrong += _inexact_amd(code) if amd else _inexact_nvidia(code)
-    return wrong
+def _job(task: Task) -> Result:
+    chip = next(chip for chip in CHIPS if chip.name == task.chip)
+    return check(_shipped(task.module)[task.index], chip)
 
 
-def _inexact_nvidia(code: Code) -> list[str]:
-    # ptxas may contract mul and add that carry no rounding mode; `.rn` forbids it. Only a division expands to FFMA.
-    ptx = code.source
-    wrong = [f"`{m}` in PTX" for m in sorted(set(re.findall(r"\b(?:fma|mad)\.[\w.]*f\d+\b", ptx)))]
-    wrong += [
-        f"`{m}` may be contracted" for m in sorted(set(re.findall(r"\b(?:add|sub|mul)\.(?:ftz\.)?b?f\d+\b", ptx)))
-    ]
-    wrong += [f"`{m}` flushes denormals" for m in sorted(set(re.findall(r"\b[a-z][\w.]*\.ftz\.[\w.]+", ptx)))]
-    # HFMA2 does not count: ptxas uses it to load constants.
-    if "div." not in ptx and (n := code.count("FFMA")):
-        wrong.append(f"{n} fused multiply-adds in SASS")
-    return wrong
+def recorded() -> dict[str, Result]:
+    """Results by key, as committed."""
+    if not RECORD.exists():
+        return {}
+    return {key: Result(summary, tuple(wrong)) for key, (summary, *wrong) in json.loads(RECORD.read_text()).items()}
 
 
-def _inexact_amd(code: Code) -> list[str]:
-    wrong = [f"`{m}` in LLVM IR" for m in sorted(set(re.findall(r"llvm\.(?:fma|fmuladd)\.\w+", code.source)))]
-    if re.search(r"\bf(?:mul|add|sub) (?:\w+ )*(?:contract|fast|reassoc)\b", code.source):
-        wrong.append("contraction is allowed in LLVM IR")
-    if not code.count("v_div_scale") and (n := code.count(r"v_(pk_)?(fma|fmac|mac|mad)_f")):
-        wrong.append(f"{n} fused multiply-adds")
-    return wrong
+def record(results: dict[str, Result]) -> None:
+    lines = [f"{json.dumps(key)}: {json.dumps([r.summary, *r.wrong])}" for key, r in sorted(results.items())]
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One shipped launch on one chip."""
-
-    id: str
-    chip: str
-    summary: str
-    wrong: tuple[str, ...]
-
-
-def row(item: registry.Shipped, chip: Chip) -> Row:
-    try:
-        code = read(compiled(item.launch, chip))
-    except (triton.errors.TritonError, RuntimeError) as e:
-        return Row(item.id, chip.name, "", (f"does not compile: {' '.join(str(e).split())[-300:]}",))
-    found = [op.split(".")[0] for op in code.ops if re.match("(U?T?C?HG?MMA|v_mfma)", op)]
-    mma = min(found, key=len).split("_f32")[0] if found else ""
-    summary = (
-        f"{code.registers} r" + (f", {code.shared / 1024:.3g} K" if code.shared else "") + (f", {mma}" if mma else "")
-    )
-    return Row(item.id, chip.name, summary, tuple(problems(code, chip, item.expect)))
-
-
-def _job(module: str, chips: Sequence[str]) -> list[Row]:
-    return [row(s, chip) for s in registry.shipped_by(module) for chip in CHIPS if chip.name in chips]
-
-
-def run(modules: Iterable[str] | None = None) -> list[Row]:
-    """All rows, compiled in two processes."""
-    modules = registry.ops() if modules is None else modules
-    jobs = [(module, (chip.name,)) for module in modules for chip in CHIPS]
+def run(todo: Sequence[Task], known: dict[str, Result], *, save: bool = False) -> dict[str, Result]:
+    """Results of all tasks by key; those that are not known are compiled, in two processes."""
+    results = {t.key: known[t.key] for t in todo if t.key in known}
+    missing = list({t.key: t for t in todo if t.key not in known}.values())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
-        return [r for rows in pool.map(_job, *zip(*jobs, strict=True)) for r in rows]
+        for n, (task, result) in enumerate(zip(missing, pool.map(_job, missing), strict=True), start=1):
+            results[task.key] = result
+            if save and n % 50 == 0:  # an interrupted run goes on from here
+                print(f"{n} of {len(missing)} compiled", file=sys.stderr)
+                record({**known, **results})
+    return results
 
 
-def table(rows: Sequence[Row]) -> str:
+def failures(todo: Sequence[Task], results: dict[str, Result]) -> list[str]:
+    """What is wrong, in lines."""
+    return [f"{t.id} on {t.chip}: {'; '.join(results[t.key].wrong)}" for t in todo if results[t.key].wrong]
+
+
+def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
     """Markdown: a line for each shipped launch, a column for each chip."""
-    cells: dict[str, dict[str, Row]] = {}
-    for r in rows:
-        cells.setdefault(r.id, {})[r.chip] = r
-    green = sum(not r.wrong for r in rows)
+    cells: dict[str, dict[str, Result]] = {}
+    for t in todo:
+        cells.setdefault(t.id, {})[t.chip] = results[t.key]
     names = [chip.name for chip in CHIPS]
     lines = [
         "# Compile gate",
         "",
-        f"Written by `python -m tests.gpu_proof.gate` with Triton {triton.__version__}: {green} of {len(rows)} green. "
-        "Each cell: registers a thread, shared memory, matrix instruction. Green means: no spills, no stack, shared "
+        f"Written by `python -m tests.gpu_proof.gate` with Triton {triton.__version__}: {len(cells)} launches on "
+        f"{len(names)} chips, {len({t.key for t in todo})} different kernels, {len(failures(todo, results))} failures.",
+        "",
+        "Each cell: registers a thread, shared memory, matrix instruction. Checked: no spills, no stack, shared "
         "memory within the chip's limit, no atomics, the matrix instruction and the 16-byte accesses that the op "
         "declares, and no fused multiply-add where it promises bit-exactness.",
         "",
@@ -254,20 +142,24 @@ def table(rows: Sequence[Row]) -> str:
         f"|---|---|---|{'---|' * len(names)}",
     ]
     for id_, by_chip in cells.items():
-        texts = [f"**{'; '.join(by_chip[n].wrong)}**" if by_chip[n].wrong else by_chip[n].summary for n in names]
+        found = [by_chip[name] for name in names]
+        texts = [f"**{'; '.join(r.wrong)}**" if r.wrong else r.summary for r in found]
         lines.append(f"| {id_} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
-    modules = [m for m in registry.ops() if not argv or m.split(".")[-2] in argv]
-    rows = run(modules)
-    if not argv:
-        TABLE.write_text(table(rows))
-    bad = [r for r in rows if r.wrong]
-    for r in bad:
-        print(f"{r.id} on {r.chip}: {'; '.join(r.wrong)}", file=sys.stderr)
-    print(f"{len(rows) - len(bad)} of {len(rows)} green")
+    names = [a for a in argv if a != "--all"]
+    modules = [m for m in registry.ops() if not names or m.split(".")[-2] in names]
+    known = recorded()
+    todo = tasks(modules)
+    results = run(todo, {} if "--all" in argv else known, save=True)
+    record({**known, **results} if names else results)
+    if not names:
+        TABLE.write_text(table(todo, results))
+    bad = failures(todo, results)
+    print("\n".join(bad), file=sys.stderr)
+    print(f"{len(todo) - len(bad)} of {len(todo)} green ({len(results)} different kernels)")
     return bool(bad)
 
 
