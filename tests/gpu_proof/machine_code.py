@@ -82,7 +82,7 @@ class _Driver(DriverBase):
         raise NotImplementedError
 
     def get_current_device(self) -> int:
-        return self.index  # Triton caches signatures and kernels by device
+        return 1000 + self.index  # Triton caches kernels by device: keep clear of real ones
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -92,8 +92,12 @@ def compiled(launch: Launch, chip: Chip) -> Any:
     """The kernel as the JIT would build it for this launch on this chip."""
     if interpreting():
         raise RuntimeError("tests.gpu_proof.machine_code: TRITON_INTERPRET=1 is set; compile in a process of its own")
-    triton.runtime.driver.set_active(_Driver(CHIPS.index(chip)))
-    return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+    config = triton.runtime.driver
+    before, config._active = config._active, _Driver(CHIPS.index(chip))
+    try:
+        return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.meta)
+    finally:
+        config._active = before
 
 
 def fingerprint(launch: Launch, chip: Chip) -> str:
