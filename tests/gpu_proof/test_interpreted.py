@@ -17,8 +17,9 @@ FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_in_interpreter(path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", str(path)]
+    search = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
     # The interpreter's arrays are small: threads only get into each other's way.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": search}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (
         f"TRITON_INTERPRET=1 {' '.join(command[1:])}\n{done.stdout[-20000:]}{done.stderr[-4000:]}"
