@@ -252,10 +252,10 @@ def _tile(table_16bit: dict[int, Tile], table_32bit: dict[int, Tile], dtype: tor
 
 def _per_split(total: int, block: int, other_programs: int) -> tuple[int, int]:
     """Elements of a sum of `total` that one split takes, a multiple of block, and the number of splits."""
-    blocks = triton.cdiv(total, block)
+    blocks = max(1, triton.cdiv(total, block))  # an empty sum is a program that writes zeros
     splits = max(1, min(TARGET_PROGRAMS // max(other_programs, 1), blocks))
     per_split = triton.cdiv(blocks, splits) * block
-    return per_split, triton.cdiv(total, per_split)
+    return per_split, max(1, triton.cdiv(total, per_split))
 
 
 def add_partials(

@@ -11,7 +11,8 @@ and for M <= 64 decoding bounds it too: W is read and decoded once for every blo
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from lora_ops._triton import launch
 from lora_ops.quant.blockwise8.reference import dynamic_map
-from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_triton import decode_nf4, load_absmax
+from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
+from lora_ops.quant.nf4_triton import decode_nf4
 
 # Programs that a split sum aims at: two an SM of an H100/H200; the same on every chip, so that results are too.
 TARGET_PROGRAMS = 256
@@ -52,54 +53,126 @@ class Tile:
         }
 
 
-# By padded tokens. A decoded tile of 64 × 128 takes 64 fp32 registers a thread of 4 warps while it is decoded.
+# By padded tokens. A tile of 64 × 64 weights takes 32 fp32 registers a thread of 4 warps while it is decoded.
 GEMM_16BIT = {
-    16: Tile(16, 64, 128, 4, 3),
-    32: Tile(32, 64, 128, 4, 3),
+    16: Tile(16, 64, 64, 4, 4),
+    32: Tile(32, 64, 64, 4, 4),
     64: Tile(64, 64, 64, 4, 3),
     128: Tile(128, 64, 64, 8, 3),
 }
 # Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
 GEMM_32BIT = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
 GEMV_ROWS = 8
-GEMV_COLUMNS = 512  # 8 rows × 256 bytes, 16 bytes a thread of 4 warps
+GEMV_COLUMNS = 512  # 8 rows × 256 bytes: 16 bytes a thread of 4 warps of 32
+
+
+_GROUP = tl.constexpr(NESTED_BLOCK_SIZE)
+_CODE_BITS = tl.constexpr(struct.unpack("<16i", struct.pack("<16f", *NF4_CODE)))
+
+
+@triton.jit
+def _blend(mask, ones, zeros):
+    """Bits of `ones` where mask is 1, of `zeros` elsewhere: one v_bfi_b32."""
+    return zeros ^ ((ones ^ zeros) & mask)
+
+
+@triton.jit
+def _blend_code(code):
+    """NF4_CODE[code], int32 in [0, 16) -> fp32, by 15 blends under 4 masks that live in vector registers."""
+    m0 = -(code & 1)
+    m1 = -((code >> 1) & 1)
+    m2 = -((code >> 2) & 1)
+    v0 = _blend(m1, _blend(m0, _CODE_BITS[3], _CODE_BITS[2]), _blend(m0, _CODE_BITS[1], _CODE_BITS[0]))
+    v1 = _blend(m1, _blend(m0, _CODE_BITS[7], _CODE_BITS[6]), _blend(m0, _CODE_BITS[5], _CODE_BITS[4]))
+    v2 = _blend(m1, _blend(m0, _CODE_BITS[11], _CODE_BITS[10]), _blend(m0, _CODE_BITS[9], _CODE_BITS[8]))
+    v3 = _blend(m1, _blend(m0, _CODE_BITS[15], _CODE_BITS[14]), _blend(m0, _CODE_BITS[13], _CODE_BITS[12]))
+    bits = _blend(-(code >> 3), _blend(m2, v3, v2), _blend(m2, v1, v0))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode(packed):
+    """Values of packed codes (even, odd) in fp32: decode_nf4, on AMD without its selects.
+
+    There each select keeps a lane mask in two scalar registers, which spill where a kernel decodes a tile of a GEMM.
+    """
+    if tl.target_info.is_hip():
+        even = _blend_code((packed >> 4).to(tl.int32))
+        odd = _blend_code((packed & 15).to(tl.int32))
+    else:
+        even, odd = decode_nf4(packed)
+    return even, odd
+
+
+@triton.jit
+def _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED: tl.constexpr):
+    """absmax of quantization blocks in fp32, 0 outside; double-quantized: map[code] · nested_absmax + offset."""
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_ptr + block // _GROUP, mask=inside, other=0.0)
+        absmax = tl.load(table_ptr + absmax.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset_ptr)
+        absmax = tl.where(inside, absmax, 0.0)
+    return absmax
+
+
+@triton.jit
+def _load_row_absmax(
+    absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, first_column, N, K,
+    NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """absmax of each pair of columns of a tile whose rows hold whole blocks, [ROWS, COLUMNS / 2]."""
+    row_blocks = K // BLOCK_SIZE
+    first = first_column // BLOCK_SIZE
+    HALF: tl.constexpr = COLUMNS // 2
+    if COLUMNS <= BLOCK_SIZE:
+        block = rows * row_blocks + first
+        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, rows < N, NESTED)
+        absmax = tl.broadcast_to(absmax[:, None], [ROWS, HALF])
+    else:
+        SCALES: tl.constexpr = COLUMNS // BLOCK_SIZE
+        blocks = first + tl.arange(0, SCALES)
+        inside = (rows < N)[:, None] & (blocks < row_blocks)[None, :]
+        block = rows[:, None] * row_blocks + blocks[None, :]
+        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED)
+        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], [ROWS, SCALES, HALF // SCALES]), [ROWS, HALF])
+    return absmax
 
 
 @triton.jit
 def _load_weight(
-    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, first_row, first_column, N, K,
+    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_row, first_column, N, K, row_bytes,
     ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; 0 outside of [N, K]. ALIGNED: rows hold whole blocks."""
+    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; 0 outside of [N, K]. ALIGNED: rows hold whole blocks.
+
+    row_bytes = K // 2 is an argument because the compiler sees the alignment of arguments only.
+    """
     rows = (first_row + tl.arange(0, ROWS)).to(tl.int64)
     if ALIGNED:
-        SCALES: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
         at = first_column // 2 + tl.arange(0, COLUMNS // 2)
-        inside = (rows < N)[:, None] & (at < K // 2)[None, :]
-        packed = tl.load(packed_ptr + rows[:, None] * (K // 2) + at[None, :], mask=inside, other=0)
-        even, odd = decode_nf4(packed)
-        blocks = first_column // BLOCK_SIZE + tl.arange(0, SCALES)
-        inside = (rows < N)[:, None] & (blocks < K // BLOCK_SIZE)[None, :]
-        block = rows[:, None] * (K // BLOCK_SIZE) + blocks[None, :]
-        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
-        absmax = tl.broadcast_to(absmax[:, :, None], [ROWS, SCALES, COLUMNS // 2 // SCALES])
-        absmax = tl.reshape(absmax, [ROWS, COLUMNS // 2])
+        inside = (rows < N)[:, None] & (at < row_bytes)[None, :]
+        packed = tl.load(packed_ptr + rows[:, None] * row_bytes + at[None, :], mask=inside, other=0)
+        even, odd = _decode(packed)
+        absmax = _load_row_absmax(
+            absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, first_column, N, K, NESTED, BLOCK_SIZE, ROWS, COLUMNS
+        )
         w = tl.reshape(tl.join(even * absmax, odd * absmax), [ROWS, COLUMNS])
     else:
         columns = first_column + tl.arange(0, COLUMNS)
         inside = (rows < N)[:, None] & (columns < K)[None, :]
         element = rows[:, None] * K + columns[None, :]
-        even, odd = decode_nf4(tl.load(packed_ptr + element // 2, mask=inside, other=0))
+        packed = tl.load(packed_ptr + element // 2, mask=inside, other=0)
+        _, code = _decode(packed >> (4 - element % 2 * 4).to(tl.uint8))  # the nibble wanted, moved to the low half
         block = element // BLOCK_SIZE
-        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
-        w = tl.where(element % 2 == 0, even, odd) * absmax
+        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED)
+        w = code * absmax
     return w
 
 
 @triton.jit
 def _nf4_gemm_kernel(
-    lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, bias_ptr, add_ptr, out_ptr,
-    M, N, K, stride_lm, per_split,
+    lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, out_ptr,
+    M, N, K, row_bytes, stride_lm, per_split,
     TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -125,14 +198,14 @@ def _nf4_gemm_kernel(
         lhs = tl.load(lhs_rows + at[None, :], mask=(rows < M)[:, None] & (at < n_terms)[None, :], other=0.0)
         if TRANSPOSED:
             w = _load_weight(
-                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, first_j, i, N, K,
+                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_j, i, N, K, row_bytes,
                 ALIGNED, NESTED, BLOCK_SIZE, BLOCK_J, BLOCK_I,
             ).to(dtype)  # fmt: skip
             # Wᵀ is not formed: the tile is the left operand, read as it was decoded.
             acc = tl.dot(w, tl.trans(lhs), acc, input_precision="ieee")  # [J, I] @ [I, M] -> [J, M]
         else:
             w = _load_weight(
-                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, i, first_j, N, K,
+                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, i, first_j, N, K, row_bytes,
                 ALIGNED, NESTED, BLOCK_SIZE, BLOCK_I, BLOCK_J,
             ).to(dtype)  # fmt: skip
             acc = tl.dot(lhs, w, acc, input_precision="ieee")  # [M, I] @ [I, J] -> [M, J]
@@ -170,7 +243,8 @@ def _add_splits_kernel(
 
 @triton.jit
 def _nf4_gemv_kernel(
-    x_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, bias_ptr, add_ptr, y_ptr, M, N, K, stride_xm,
+    x_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, y_ptr,
+    M, N, K, row_bytes, stride_xm,
     NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -178,18 +252,15 @@ def _nf4_gemv_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, BLOCK_M)
     HALF: tl.constexpr = BLOCK_K // 2
-    SCALES: tl.constexpr = BLOCK_K // BLOCK_SIZE if BLOCK_K > BLOCK_SIZE else 1
     acc = tl.zeros([BLOCK_M, BLOCK_N, HALF], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         at = k // 2 + tl.arange(0, HALF)
-        inside = (rows < N)[:, None] & (at < K // 2)[None, :]
-        packed = tl.load(packed_ptr + rows[:, None] * (K // 2) + at[None, :], mask=inside, other=0)
-        even, odd = decode_nf4(packed)
-        blocks = k // BLOCK_SIZE + tl.arange(0, SCALES)
-        inside = (rows < N)[:, None] & (blocks < K // BLOCK_SIZE)[None, :]
-        block = rows[:, None] * (K // BLOCK_SIZE) + blocks[None, :]
-        absmax = load_absmax(absmax_ptr, nested_ptr, offset_ptr, map_ptr, block, inside, NESTED)
-        absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], [BLOCK_N, SCALES, HALF // SCALES]), [BLOCK_N, HALF])
+        inside = (rows < N)[:, None] & (at < row_bytes)[None, :]
+        packed = tl.load(packed_ptr + rows[:, None] * row_bytes + at[None, :], mask=inside, other=0)
+        even, odd = _decode(packed)
+        absmax = _load_row_absmax(
+            absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, k, N, K, NESTED, BLOCK_SIZE, BLOCK_N, BLOCK_K
+        )
         columns = k + tl.arange(0, BLOCK_K)
         x_at = tokens.to(tl.int64)[:, None] * stride_xm + columns[None, :]
         x = tl.load(x_ptr + x_at, mask=(tokens < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
@@ -237,7 +308,7 @@ def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
         _nf4_gemv_kernel, (triton.cdiv(n, GEMV_ROWS),),
-        x, *_parts(q), bias, add_to, y, m, n, k, x.stride(0),
+        x, *_parts(q), bias, add_to, y, m, n, k, k // 2, x.stride(0),
         NESTED=q.nested, BLOCK_SIZE=q.block_size, HAS_BIAS=bias is not None, ADD=add_to is not None,
         BLOCK_M=triton.next_power_of_2(m), BLOCK_N=GEMV_ROWS, BLOCK_K=GEMV_COLUMNS, num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -258,18 +329,23 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     """
     (m, i), (n, k) = x.shape, q.shape
     j = n if transposed else k
+    if m == 0 or j == 0:
+        return x.new_empty(m, j)
     table = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
     tile = table[min(max(16, triton.next_power_of_2(m)), 128)]
+    if not aligned(q):
+        tile = replace(tile, block_j=32, block_i=32)  # each weight has its own 64-bit address and mask
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
-    steps = triton.cdiv(i, tile.block_i)
+    steps = max(1, triton.cdiv(i, tile.block_i))
     per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i
-    splits = triton.cdiv(i, per_split)
+    splits = max(1, triton.cdiv(i, per_split))
     y = torch.empty(m, j, dtype=x.dtype, device=x.device)
     split = splits > 1
     partial = torch.empty(splits, m, j, dtype=torch.float32, device=x.device) if split else y
     launch(
         _nf4_gemm_kernel, (*blocks, splits),
-        x, *_parts(q), None if split else bias, None if split else add_to, partial, m, n, k, x.stride(0), per_split,
+        x, *_parts(q), None if split else bias, None if split else add_to, partial,
+        m, n, k, k // 2, x.stride(0), per_split,
         TRANSPOSED=transposed, ALIGNED=aligned(q), NESTED=q.nested, BLOCK_SIZE=q.block_size, SPLIT=split,
         HAS_BIAS=bias is not None and not split, ADD=add_to is not None and not split, **tile.meta,
     )  # fmt: skip

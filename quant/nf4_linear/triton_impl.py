@@ -7,16 +7,18 @@ larger      decode W to a temporary of the activations' dtype, multiply by cuBLA
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ops._triton import interpreting
+from lora_ops._checks import dtype_name
+from lora_ops._triton import HMMA, MMA, Expect, GateCase, declines_device
 from lora_ops.quant.crossovers import crossovers
-from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor
 from lora_ops.quant.nf4_codec import triton_impl as codec
 from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
 
@@ -58,7 +60,7 @@ def matmul(
         [M, N] (transposed) or [M, K], in x's dtype.
     """
     limits, m = crossovers(x.device), x.shape[0]
-    if transposed and m <= min(limits.nf4_gemv_max_m, MAX_GEMV_M) and aligned(q):
+    if transposed and 0 < m <= min(limits.nf4_gemv_max_m, MAX_GEMV_M) and aligned(q):
         return nf4_gemv(x, q, bias, add_to)
     if m <= limits.nf4_gemm_max_m:
         return nf4_gemm(x, q, bias, add_to, transposed=transposed)
@@ -73,14 +75,56 @@ def matmul(
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if lead.dtype not in DTYPES:
-        return f"Triton kernels have no {lead.dtype}"
-    if lead.device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(lead.device) < MIN_CAPABILITY:
-            return "Triton kernels need an NVIDIA GPU of compute capability 8.0 or higher"
-        return None
-    if lead.device.type == "cpu" and interpreting():
-        return None
-    return f"Triton kernels run on cuda, not on {lead.device.type} (or on cpu with TRITON_INTERPRET=1)"
+        return f"triton kernels have no {dtype_name(lead.dtype)}"
+    cuda = lead.device.type == "cuda" and torch.version.hip is None
+    if cuda and torch.cuda.get_device_capability(lead.device) < MIN_CAPABILITY:
+        return "triton kernels need compute capability 8.0"
+    return declines_device(lead.device)
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _meta_nf4(n: int, k: int, block_size: int, nested: bool) -> NF4Tensor:
+    n_blocks = -(-n * k // block_size)
+    packed = _meta((n * k + 1) // 2, 1, dtype=torch.uint8)
+    if not nested:
+        return NF4Tensor(packed, _meta(n_blocks, dtype=torch.float32), (n, k), torch.bfloat16, block_size)
+    groups = _meta(-(-n_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    absmax, offset = _meta(n_blocks, dtype=torch.uint8), _meta(dtype=torch.float32)
+    return NF4Tensor(packed, absmax, (n, k), torch.bfloat16, block_size, groups, offset)
+
+
+def gate() -> Iterator[GateCase]:
+    """Every tile of both directions; nested and plain scales; block sizes around the tile; rows that share blocks."""
+    gemv, gemm = "_nf4_gemv_kernel", "_nf4_gemm_kernel"
+    for m in (1, 2, 4, 16, 32, 64, 128):
+        for dtype in DTYPES:
+            for nested in (False, True) if dtype != torch.float32 else (False,):
+                q = _meta_nf4(4096, 4096, 64, nested)
+                name = f"M={m} {dtype_name(dtype)}" + " nested" * nested
+                mma = {} if dtype == torch.float32 else MMA
+                wide = "load" if m > 16 else ""  # up to 16 tokens a tile is 8 bytes a thread of gfx942's 256
+                expect = {gemv: Expect(wide=wide), gemm: Expect(mma=mma, wide=wide)}
+                x = _meta(m, 4096, dtype=dtype)
+                yield GateCase(f"y {name}", functools.partial(matmul, x, q, transposed=True), expect)
+                if m >= 16:
+                    expect = {gemm: Expect(mma=(MMA if m >= 64 else HMMA) if mma else {}, wide=wide)}
+                    yield GateCase(f"dX {name}", functools.partial(matmul, x, q, transposed=False), expect)
+    for m, n, k, block_size in (
+        (1, 4096, 4096, 32),
+        (1, 4096, 4096, 4096),
+        (64, 4096, 4096, 4096),
+        (64, 4096, 4100, 64),
+    ):
+        x, q = _meta(m, k, dtype=torch.bfloat16), _meta_nf4(n, k, block_size, nested=True)
+        call = functools.partial(matmul, x, q, transposed=True, bias=_meta(n, dtype=torch.bfloat16))
+        yield GateCase(f"y M={m} K={k} b{block_size}", call)
+    huge = _meta_nf4(600_000, 8192, 64, nested=True)
+    for m in (1, 64):
+        x = _meta(m, 8192, dtype=torch.bfloat16)
+        yield GateCase(f"y M={m} N · K > 2^32", functools.partial(matmul, x, huge, transposed=True), huge=True)

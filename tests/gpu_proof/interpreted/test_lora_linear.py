@@ -1,0 +1,230 @@
+"""lora_linear's kernels against float64 on both routes: gradients, masks, passes over activations, repeatability."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_ops
+from lora_ops._triton import record_launches
+from lora_ops.functional import lora_linear
+from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
+from lora_ops.kernels.philox import dropout_mask, keep_scale
+from lora_ops.quant.crossovers import force
+from tests.cases import LinearCase, assert_right, run_ours
+from tests.gpu_proof import interpreter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEVER = 2**62
+
+cases = st.builds(
+    LinearCase,
+    m=st.integers(0, 70),
+    n=st.integers(1, 100),
+    k=st.integers(1, 100),
+    r=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    adapter_dtype=st.sampled_from([None, torch.float32]),
+    weight=st.sampled_from(["dense", "nf4"]),
+    double_quant=st.booleans(),
+    bias=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    scale=st.sampled_from([0.0, 0.5, 2.0, 16.0]),
+    batch=st.sampled_from([(), (), (2,)]),
+    contiguous=st.booleans(),
+    ill_scaled=st.booleans(),
+    zero_b=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@settings(max_examples=20)
+@given(case=cases)
+def test_drawn(kstep_min_m: int, case: LinearCase) -> None:
+    inputs = case.inputs()
+    with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(150, 129, 400, 16), (1, 150, 600, 8), (70, 300, 70, 64)])
+def test_several_blocks(dtype: torch.dtype, kstep_min_m: int, m: int, n: int, k: int, r: int) -> None:
+    """Sizes that split the sums of every kernel."""
+    inputs = LinearCase(
+        m=m, n=n, k=k, r=r, dtype=dtype, weight="dense", adapter_dtype=torch.float32, dropout_p=0.1, bias=True
+    ).inputs()
+    with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize("r", [64, 65, 128, 255, 256])
+def test_large_ranks(r: int, kstep_min_m: int) -> None:
+    inputs = LinearCase(m=33, n=70, k=50, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1, bias=True).inputs()
+    with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+def test_large_m_decodes_to_a_temporary() -> None:
+    inputs = LinearCase(m=40, n=70, k=128, r=8, dtype=torch.bfloat16, dropout_p=0.1, bias=True).inputs()
+    with force(nf4_gemv_max_m=0, nf4_gemm_max_m=0):
+        assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_is_the_documented_mask(dtype: torch.dtype, kstep_min_m: int) -> None:
+    """With W = 0, A = I and B = I the layer is dropout itself, forward and backward."""
+    x = torch.randn(70, 40).to(dtype).requires_grad_()
+    eye = torch.eye(40)
+    with force(kstep_min_m=kstep_min_m):
+        y = lora_linear(
+            x, torch.zeros(40, 40, dtype=dtype), eye.to(dtype), eye.to(dtype), scale=1.0, dropout_p=0.3, seed=11
+        )  # fmt: skip
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    mask = dropout_mask(slice(0, 70), 40, 0.3, torch.tensor(11))
+    assert torch.equal(y != 0, mask)
+    assert torch.equal(dx, torch.where(mask, keep_scale(0.3), 0.0).to(dtype))
+
+
+def test_fp32_adapter_gradients_are_not_rounded() -> None:
+    i = LinearCase(m=64, n=48, k=96, r=8, dtype=torch.bfloat16, weight="dense", adapter_dtype=torch.float32).inputs()
+    results = run_ours(i)
+    for name in ("dlora_a", "dlora_b"):
+        assert results[name].dtype == torch.float32
+        assert not torch.equal(results[name], results[name].bfloat16().float())
+
+
+def test_scale_is_read_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale on the GPU is passed as it is, since fetching it would wait; the results are those of the number."""
+    i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.float16, weight="dense", dropout_p=0.1).inputs()
+    by_value = run_ours(i)
+    monkeypatch.setattr(triton_impl, "scale_argument", lambda scale: scale)
+    for kstep_min_m in (NEVER, 0):
+        with force(kstep_min_m=kstep_min_m):
+            assert_right(i, run_ours(i))
+    by_pointer = run_ours(i)
+    assert all(torch.equal(by_value[name], by_pointer[name]) for name in by_value)
+
+
+def test_bitwise_repeatable() -> None:
+    i = LinearCase(m=130, n=200, k=150, r=16, dtype=torch.bfloat16, weight="dense", dropout_p=0.1).inputs()
+    first, second = run_ours(i), run_ours(i)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("needs", [tuple(bool(i >> b & 1) for b in range(4)) for i in range(16)])
+def test_only_what_is_needed_is_computed(needs: tuple[bool, bool, bool, bool]) -> None:
+    i = LinearCase(m=20, n=40, k=24, r=4, dtype=torch.float16, weight="dense", dropout_p=0.2, bias=True).inputs()
+    scale = torch.tensor(2.0)
+    args = i.weight, *i.adapter(), scale
+    _, s = triton_impl.lora_linear(i.x, *args, i.bias, 0.2, i.seed)
+    every = triton_impl.lora_linear_backward(i.dy, i.x, s, *args, 0.2, i.seed, (True,) * 4)
+    with record_launches() as recorder:
+        some = triton_impl.lora_linear_backward(i.dy, i.x, s, *args, 0.2, i.seed, needs)
+    for need, got, expected in zip(needs, some, every, strict=True):
+        assert (got is not None) == need
+        if got is not None:
+            torch.testing.assert_close(got, expected)
+    reads = {launch.kernel.__name__ for launch in recorder.launches} - {"_add_partials_kernel"}
+    if not any(needs[:3]):
+        assert not reads
+    assert ("_expand_kernel" in reads) == needs[0]
+
+
+def test_declines() -> None:
+    for case, reason in (
+        (LinearCase(m=2, n=4, k=8, r=2, dtype=torch.float64, weight="dense"), "triton kernels have no float64"),
+        (LinearCase(m=2, n=4, k=8, r=257, weight="dense"), "ranks up to 256, not 257"),
+    ):
+        with pytest.raises(lora_ops.BackendError, match=reason):
+            run_ours(case.inputs())
+
+
+# Passes over activations.
+
+
+class _ReadsOfAddmm(TorchDispatchMode):
+    """Counts in-place addmm: each reads its output once before it adds."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def count_elements() -> Iterator[Counter[tuple[str, str, str]]]:
+    """Elements moved, by (kernel, load or store, name of the kernel's argument)."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    original = interpreter._access
+
+    def access(kind: str, ptrs: Any, mask: np.ndarray) -> None:
+        original(kind, ptrs, mask)
+        frame = interpreter._frames[-1]
+        addresses = np.asarray(ptrs.data)[np.broadcast_to(mask, np.shape(ptrs.data)).astype(bool)]
+        if addresses.size:
+            i = np.searchsorted(frame.begins, addresses[:1], side="right")[0] - 1
+            counts[frame.kernel.strip("_").removesuffix("_kernel"), kind, frame.names[i]] += addresses.size
+
+    interpreter._access = access
+    try:
+        yield counts
+    finally:
+        interpreter._access = original
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(("kstep_min_m", "allowed"), [(0, 3), (NEVER, 7)], ids=["kstep", "beta1"])
+def test_passes_over_activations(kstep_min_m: int, allowed: int, dropout_p: float) -> None:
+    """Beside the frozen layer's own two products, the op moves each activation as often as triton_impl.py says."""
+    m, n = 192, 256  # K = N, so that every activation has the same size
+    i = LinearCase(m=m, n=n, k=n, r=16, dtype=torch.bfloat16, weight="dense", adapter_dtype=torch.float32).inputs()
+    shared = i.weight, *i.adapter(), torch.tensor(2.0)
+    drop = dropout_p, i.seed if dropout_p else None
+    # The functions behind the ops: a dispatch mode does not see into an op.
+    with force(kstep_min_m=kstep_min_m), count_elements() as counts, _ReadsOfAddmm() as addmm:
+        _, s = triton_impl.lora_linear(i.x, *shared, None, *drop)
+        triton_impl.lora_linear_backward(i.dy, i.x, s, *shared, *drop, (True, True, True, False))
+    own = {("lora_gemm", kind, name) for kind, name in (("load", "x_ptr"), ("store", "y_ptr"))}
+    moved = {key: count for key, count in counts.items() if key[2] in ("x_ptr", "y_ptr") and key not in own}
+    assert sum(moved.values()) / (m * n) + addmm.count == allowed, (moved, addmm.count)
+    assert counts["reduce_rows", "load", "x_ptr"] == m * n  # x, forward
+    assert counts["reduce_both", "load", "x_ptr"] == m * n  # dY
+    assert counts["reduce_columns", "load", "x_ptr"] == m * n  # x, backward
+
+
+def test_workspace_is_small() -> None:
+    """Partial sums of one training shape stay below a sixth of the activation that they are sums of."""
+    m, n, r = 8192, 4096, 16
+    dy, b, s = (torch.empty(*shape, device="meta") for shape in ((m, n), (n, r), (m, r)))
+    with record_launches(run=False) as recorder:
+        triton_skinny.reduce_both(dy.bfloat16(), b.T, s, 1.0, torch.float32, sum_dtype=torch.bfloat16)
+    both = recorder.launches[0]
+    t, g, sums = both.args[3:6]
+    assert t.nbytes + g.nbytes + sums.nbytes <= dy.numel() * 2 / 6
+
+
+def test_gate_case_names_differ() -> None:
+    names = [case.name for case in triton_impl.gate()]
+    assert len(names) == len(set(names))
