@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -79,6 +80,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(POINTER(Adapter), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p, c_int, c_int),
     ),
+    "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
     "lora_ops_dropout_mask": (c_uint64, c_uint32, c_uint32, c_int64, c_int64, c_int64, c_void_p),
 }
 
@@ -345,6 +347,29 @@ def dropout_mask(rows: slice, k: int, threshold: int, seed: int, offset: int, bi
         seed & (2**64 - 1), offset, threshold, rows.start, n_rows, k, bits.data_ptr()
     )
     _check(status, "dropout_mask", "rows")
+
+
+def adamw(
+    slices: Sequence[tuple[int, ...]], constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
+) -> None:
+    """One AdamW step of many slices: each the 13 fields of lora_ops_adamw_slice; constants fp32 [rows, 8]."""
+    fields = (c_int64 * (13 * len(slices)))(*itertools.chain.from_iterable(slices))
+    status = library().lora_ops_adamw(
+        fields,
+        len(slices),
+        constants.data_ptr(),
+        constants.shape[0],
+        signed_map.data_ptr(),
+        unsigned_map.data_ptr(),
+        None if seed is None else byref(c_uint64(seed & (2**64 - 1))),
+        torch.get_num_threads(),
+    )
+    _check(status, "adamw", "slices")
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """The lora_ops_dtype of a dtype among FLOAT_DTYPES."""
+    return _DTYPES[dtype]
 
 
 def _pointer(t: Tensor | None) -> int | None:

@@ -16,6 +16,7 @@ LAYERS = [
     ("_checks", "_dispatch", "_native", "_triton", "version"),
     ("quant",),
     ("kernels",),
+    ("optim",),
     ("functional",),
     ("formats",),
     ("nn",),

@@ -11,6 +11,7 @@
 #include "blockwise8.inl"
 #include "nf4_gemm.inl"
 #include "nf4_gemm_f32.inl"
+#include "adamw.inl"
 
 namespace lora_ops {
 namespace {
@@ -260,6 +261,6 @@ struct Avx2Floats {
 const Nf4GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, f32_task<Avx2Floats>};
 
 const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, blockwise8_quantize<Avx2>,
-                              blockwise8_dequantize};
+                              blockwise8_dequantize, adamw<Avx2>};
 
 }  // namespace lora_ops

@@ -11,6 +11,7 @@
 #include "blockwise8.inl"
 #include "nf4_gemm.inl"
 #include "nf4_gemm_f32.inl"
+#include "adamw.inl"
 
 namespace lora_ops {
 namespace {
@@ -251,6 +252,6 @@ struct Avx512Floats {
 const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, f32_task<Avx512Floats>};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
-                                blockwise8_dequantize};
+                                blockwise8_dequantize, adamw<Avx512>};
 
 }  // namespace lora_ops

@@ -1,11 +1,14 @@
 // The C ABI: checks arguments, picks the instruction set, splits the work over threads.
 // Compiled for the baseline of the architecture, so that it runs anywhere.
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #include "gemm.h"
 #include "kernels.h"
@@ -165,6 +168,31 @@ Blockwise8Search make_search(const float* map) {
     return search;
 }
 
+// A search costs 20 µs to make, as much as the step of a small model; every call brings the same two maps.
+class SearchCache {
+  public:
+    std::shared_ptr<const Blockwise8Search> get(const float* map) {
+        const std::lock_guard<std::mutex> hold(mutex_);
+        if (!search_ || memcmp(map_, map, sizeof map_)) {
+            search_ = std::make_shared<const Blockwise8Search>(make_search(map));
+            memcpy(map_, map, sizeof map_);
+        }
+        return search_;
+    }
+
+  private:
+    std::mutex mutex_;
+    float map_[256];
+    std::shared_ptr<const Blockwise8Search> search_;
+};
+
+bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
+    if (s.n < 0 || s.row < 0 || s.row >= rows || s.first % 256) return false;
+    if (!is_dtype(static_cast<int>(s.param_dtype)) || !is_dtype(static_cast<int>(s.grad_dtype))) return false;
+    if (!s.exp_avg_absmax != !s.exp_avg_sq_absmax) return false;
+    return s.n == 0 || (s.param && s.grad && s.exp_avg && s.exp_avg_sq);
+}
+
 }  // namespace
 }  // namespace lora_ops
 
@@ -257,4 +285,34 @@ int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, in
                                   out + begin);
     });
     return LORA_OPS_OK;
+}
+
+int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const float* constants, int64_t rows,
+                   const float* signed_map, const float* unsigned_map, const uint64_t* seed, int n_threads) try {
+    if (count < 0 || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
+    if (count == 0) return LORA_OPS_OK;
+    if (!slices || !constants || !signed_map || !unsigned_map) return LORA_OPS_BAD_ARGUMENT;
+    if (!std::is_sorted(signed_map, signed_map + 256)) return LORA_OPS_BAD_ARGUMENT;
+    if (!std::is_sorted(unsigned_map, unsigned_map + 256)) return LORA_OPS_BAD_ARGUMENT;
+    static SearchCache signed_cache, unsigned_cache;
+    const auto signed_search = signed_cache.get(signed_map), unsigned_search = unsigned_cache.get(unsigned_map);
+    const AdamwCodes codes = {signed_map, unsigned_map, signed_search.get(), unsigned_search.get()};
+
+    constexpr int64_t kBlock = 256;
+    std::vector<int64_t> start(static_cast<size_t>(count) + 1);  // of each slice, in elements of whole blocks
+    for (int64_t i = 0; i < count; ++i) {
+        if (!is_valid(slices[i], rows)) return LORA_OPS_BAD_ARGUMENT;
+        start[i + 1] = start[i] + (slices[i].n + kBlock - 1) / kBlock * kBlock;
+    }
+    const Kernels& isa = kernels();
+    parallel(0, start[count], kBlock, n_threads, [&](int64_t begin, int64_t end) {
+        int64_t i = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
+        for (; i < count && start[i] < end; ++i) {
+            const int64_t from = std::max(begin - start[i], int64_t{0}), to = std::min(end - start[i], slices[i].n);
+            if (from < to) isa.adamw(slices[i], from, to, constants + 8 * slices[i].row, codes, seed);
+        }
+    });
+    return LORA_OPS_OK;
+} catch (const std::bad_alloc&) {
+    return LORA_OPS_NO_MEMORY;
 }

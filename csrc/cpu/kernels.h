@@ -20,6 +20,12 @@ struct Blockwise8Search {
     uint8_t padding[3];        // a vector gather reads 4 bytes at each start
 };
 
+// The maps of AdamW's 8-bit states with their searches.
+struct AdamwCodes {
+    const float *signed_map, *unsigned_map;
+    const Blockwise8Search *signed_search, *unsigned_search;
+};
+
 struct Kernels {
     // Quantizers return false when the input holds inf or NaN. Pointers are at the start of a block.
     bool (*nf4_quantize)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t block_size, uint8_t* packed,
@@ -29,6 +35,8 @@ struct Kernels {
                                 uint8_t* codes, float* absmax);
     void (*blockwise8_dequantize)(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
                                   const float* map, float* out);
+    void (*adamw)(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const float* row, const AdamwCodes& codes,
+                  const uint64_t* seed);
 };
 
 extern const Kernels kPortableKernels;

@@ -10,6 +10,7 @@
 #include "blockwise8.inl"
 #include "nf4_gemm.inl"
 #include "nf4_gemm_f32.inl"
+#include "adamw.inl"
 
 namespace lora_ops {
 namespace {
@@ -93,6 +94,6 @@ struct PortableFloats {
 const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, f32_task<PortableFloats>};
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
-                                  blockwise8_quantize<Portable>, blockwise8_dequantize};
+                                  blockwise8_quantize<Portable>, blockwise8_dequantize, adamw<Portable>};
 
 }  // namespace lora_ops

@@ -69,6 +69,20 @@ typedef struct {
     uint32_t offset;
 } lora_ops_adapter;
 
+/* A run of elements of a parameter with its AdamW states: fp32, or, where the absmax pointers are not NULL, 8-bit codes
+ * in blocks of 256. `row` chooses the constants; `stream`, `step` and `first` (the parameter's number, its step, and the
+ * element that the run begins at, a multiple of 256) choose the bits of stochastic rounding. Nothing overlaps. */
+typedef struct {
+    void* param;
+    const void* grad;
+    void* exp_avg;
+    void* exp_avg_sq;
+    float* exp_avg_absmax;
+    float* exp_avg_sq_absmax;
+    int64_t n, param_dtype, grad_dtype;
+    int64_t row, stream, step, first;
+} lora_ops_adamw_slice;
+
 LORA_OPS_API int lora_ops_abi_version(void);
 
 /* The instruction set in use, and whether one can be used here. Forcing holds for the whole process. */
@@ -120,6 +134,13 @@ LORA_OPS_API int lora_ops_lora_backward(const lora_ops_adapter* adapter, const v
 /* Rows [first_row, first_row + rows) of the mask: bit j of byte i of a row's ceil(k / 8) belongs to column 8 i + j. */
 LORA_OPS_API int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, int64_t first_row,
                                        int64_t rows, int64_t k, uint8_t* bits);
+
+/* One AdamW step of many slices. constants [rows, 8]: 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
+ * lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step), sign of the gradient. The maps are those of the codes of exp_avg and of
+ * exp_avg_sq. With a seed, bf16 parameters are rounded stochastically. */
+LORA_OPS_API int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const float* constants, int64_t rows,
+                                const float* signed_map, const float* unsigned_map, const uint64_t* seed,
+                                int n_threads);
 
 #ifdef __cplusplus
 }

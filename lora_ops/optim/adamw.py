@@ -1,0 +1,325 @@
+"""AdamW with 32- or 8-bit states, whole or paged under a hard byte budget."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lora_ops.kernels.adamw import constants
+from lora_ops.optim import checkpoint, statedict
+from lora_ops.optim.errors import PagingError
+from lora_ops.optim.layout import effective_bits
+from lora_ops.optim.memory import check_extents, choose_extent_bytes, parse_bytes
+from lora_ops.optim.pages import Pager
+from lora_ops.optim.states import Job, PagedStates, ResidentStates, Spec
+from lora_ops.optim.stats import PagingStats, paging_stats
+from lora_ops.optim.tiers import FileTier, Tier
+
+logger = logging.getLogger("lora_ops")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW: the semantics of torch.optim.AdamW, with states in 32 or 8 bits, and optionally in pages.
+
+    m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;
+    p ← p (1 − lr · λ) − lr · m̂ / (√v̂ + ε),  m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
+
+    Results do not depend on the budget: the same kernel runs on the same elements, paged or not, bit for bit.
+
+    Args:
+        params: parameters or groups, as torch takes them; a group may have its own lr, betas, eps, weight_decay,
+            maximize and state_bits. Dtypes float32, bfloat16 and float16; states are always float32 or 8-bit codes.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        state_bits: 32, or 8: codes of `quantize_blockwise8` in blocks of 256, exactly nearest, the signed map for m
+            and the unsigned one for v; tensors under 4096 elements keep 32 bits.
+        page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier (RAM for parameters
+            on the CPU); the others are in the slow tier. None: no paging.
+        page_dir: folder for the page file, on a disk of its own right; None: a temporary one. Held by one optimizer.
+        extent_bytes: size of a page; None: an eighth of the budget, from 64 KiB to 16 MiB.
+        stochastic_rounding: round bfloat16 parameters stochastically instead of to nearest even.
+        seed: of stochastic rounding. The bits depend on seed, parameter, step and element, and on nothing else.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        PagingError: if page_dir cannot be used.
+
+    Source: Decoupled Weight Decay Regularization (Loshchilov and Hutter 2019), algorithm 2; 8-bit Optimizers via
+    Block-wise Quantization (Dettmers et al. 2022).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        page_budget: int | str | None = None,
+        page_dir: str | os.PathLike[str] | None = None,
+        extent_bytes: int | None = None,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        budget = None if page_budget is None else parse_bytes("page_budget", page_budget)
+        if budget is None and page_dir is not None:
+            raise ValueError("page_dir: expected together with page_budget, got page_dir alone")
+        extent = None
+        if budget is not None:
+            extent = choose_extent_bytes(budget) if extent_bytes is None else extent_bytes
+            check_extents(budget, extent)
+        self._seed = seed if stochastic_rounding else None
+        self._failed: str | None = None
+        self._added: set[int] = set()
+        self.page_budget = budget
+        hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
+        self._store: ResidentStates | PagedStates = ResidentStates()
+        if budget is not None and extent is not None:
+            pager = Pager(self._tier(page_dir, extent), budget // extent)
+            self._store = PagedStates(pager, extent)
+        # Not __del__: this also runs at the interpreter's exit, and never on a half-made optimizer.
+        self._finalizer = weakref.finalize(self, self._store.close)
+
+    def _tier(self, page_dir: str | os.PathLike[str] | None, extent_bytes: int) -> Tier:
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        if devices != {"cpu"}:
+            raise ValueError(f"page_budget: expected all parameters on the CPU, got {', '.join(sorted(devices))}")
+        return FileTier(page_dir, extent_bytes)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does, after checking its hyperparameters and dtypes."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            PagingError: if the states could not be moved; the step is then incomplete, and the optimizer refuses
+                further steps until a state is loaded.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_usable()
+        params, jobs, rows = self._plan()
+        if not jobs:
+            return loss
+        try:
+            self._store.step(jobs, rows, self._seed)
+        except BaseException as error:
+            self._failed = f"a step was cut short ({type(error).__name__}: {error})"
+            raise
+        for p, job in zip(params, jobs, strict=True):
+            if job.param.data_ptr() != p.data_ptr():  # a contiguous copy
+                p.copy_(job.param.view(p.shape))
+            self.state[p]["step"] = job.step
+        increment_version(params)
+        return loss
+
+    def _plan(self) -> tuple[list[Tensor], list[Job], list[tuple[float, ...]]]:
+        """The parameters with a gradient, a job for each, and the constants of each (group, step) once."""
+        params: list[Tensor] = []
+        jobs: list[Job] = []
+        rows: list[tuple[float, ...]] = []
+        specs: list[Spec] = []
+        index = -1
+        for group in self.param_groups:
+            row_of: dict[int, int] = {}
+            for p in group["params"]:
+                index += 1
+                if p.grad is None:
+                    continue
+                _check_grad(index, p)
+                if index not in self._added:
+                    specs.append(_spec(index, p, group))
+                step = self.state[p].get("step", 0) + 1
+                if step not in row_of:
+                    row_of[step] = len(rows)
+                    rows.append(_constants(step, group))
+                params.append(p)
+                jobs.append(Job(index, p.detach().reshape(-1), p.grad.detach().reshape(-1), row_of[step], step))
+        if specs:
+            self._store.add(specs)
+            self._added.update(spec.index for spec in specs)
+            if isinstance(self._store, PagedStates):
+                logger.info("%s", paging_stats(self._store))
+        return params, jobs, rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.AdamW gives it, which that optimizer loads.
+
+        With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax.
+        With pages the tensors are copies that live in files (deleted already; the space returns with the tensors).
+        """
+        self._check_usable()
+        packed = super().state_dict()
+        sink = statedict.FileBackedSink(self._folder()) if self.page_budget is not None else statedict.TensorSink()
+        self._store.drain(sink)
+        shapes = [p.shape for p in self._params()]
+        packed["state"] = {
+            index: statedict.entry(state["step"], sink.tensors(index), shapes[index])
+            for index, state in packed["state"].items()
+            if "step" in state
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, whatever its bits and paging, or of torch.optim.AdamW.
+
+        The number of bits, the budget and the folder stay those of this optimizer; values are converted.
+
+        Raises:
+            ValueError: if groups or shapes do not fit; nothing is changed then.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups = statedict.matched_groups(self.param_groups, state_dict["param_groups"])
+        source = statedict.TensorSource(state_dict, self._params())
+        self._load(groups, source.steps, source)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def save_checkpoint(self, path: str | os.PathLike[str], *, params: bool = False) -> None:
+        """Write the state to a safetensors file, extent by extent, within the budget.
+
+        The file is complete or not there: it is written beside `path`, synced and renamed, so that whatever kills the
+        process, `path` holds the last complete checkpoint.
+
+        Args:
+            path: the file.
+            params: save the parameters in it as well.
+
+        Raises:
+            PagingError: if it cannot be written; an earlier file at `path` is untouched.
+        """
+        self._check_usable()
+        steps = {i: self.state[p]["step"] for i, p in enumerate(self._params()) if "step" in self.state.get(p, {})}
+        extra = {f"param.{i}": p.detach() for i, p in enumerate(self._params())} if params else {}
+        checkpoint.save(Path(path), self._store, self.param_groups, steps, extra)
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Load what `save_checkpoint` wrote, within the budget; parameters too, if they were saved.
+
+        Raises:
+            PagingError: if the file is missing, truncated or corrupted; nothing is changed then.
+            ValueError: if groups or shapes do not fit; nothing is changed then.
+        """
+        with checkpoint.CheckpointFile(Path(path)) as file:
+            groups = statedict.matched_groups(self.param_groups, file.param_groups)
+            file.check(self._params())
+            self._load(groups, file.steps, file)
+            with torch.no_grad():
+                for i, p in enumerate(self._params()):
+                    if (saved := file.param(i, p)) is not None:
+                        p.copy_(saved)
+
+    def paging_stats(self) -> PagingStats:
+        """How the pages fared so far. Raises ValueError if the optimizer has none."""
+        if not isinstance(self._store, PagedStates):
+            raise ValueError("paging_stats: the optimizer has no page_budget")
+        return paging_stats(self._store)
+
+    def close(self) -> None:
+        """Give back memory and files now; otherwise that happens when the optimizer is deleted."""
+        self._failed = self._failed or "it was closed"
+        self._finalizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("AdamW cannot be pickled or copied: use state_dict or save_checkpoint")
+
+    def _load(self, groups: list[dict[str, Any]], steps: dict[int, int], source: Any) -> None:
+        params = self._params()
+        bits = [group["state_bits"] for group in groups for _ in group["params"]]
+        specs = [
+            Spec(i, params[i].numel(), effective_bits(params[i].numel(), bits[i]), params[i].device) for i in steps
+        ]
+        self._failed = "loading a state was cut short"
+        self._store.reset()
+        self.state.clear()
+        self._added = set()
+        self._store.add(specs)
+        self._store.fill(source)
+        self._added = set(steps)
+        for i, step in steps.items():
+            self.state[params[i]] = {"step": step}
+        self.param_groups = groups
+        self._failed = None
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _folder(self) -> Path:
+        if not isinstance(self._store, PagedStates) or not isinstance(self._store.pager.tier, FileTier):
+            raise ValueError("page_dir: the optimizer has no folder")
+        return self._store.pager.tier.folder.path
+
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise PagingError("AdamW: the optimizer was closed")
+        if self._failed:
+            raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
+
+
+def _spec(index: int, p: Tensor, group: dict[str, Any]) -> Spec:
+    return Spec(index, p.numel(), effective_bits(p.numel(), group["state_bits"]), p.device)
+
+
+def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:
+    return constants(
+        step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
+        weight_decay=group["weight_decay"], maximize=group["maximize"],
+    )  # fmt: skip
+
+
+def _check_grad(index: int, p: Tensor) -> None:
+    grad = p.grad
+    if grad is None or grad.is_sparse or grad.dtype not in _DTYPES:
+        kind = "none" if grad is None else "a sparse one" if grad.is_sparse else str(grad.dtype)
+        raise ValueError(f"parameter {index}: expected a dense gradient of {_names(_DTYPES)}, got {kind}")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas = float(group["lr"]), group["betas"]
+    if not lr >= 0:
+        raise ValueError(f"lr: expected at least 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps: expected at least 0, got {group['eps']}")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay: expected at least 0, got {group['weight_decay']}")
+    if group["state_bits"] not in (8, 32):
+        raise ValueError(f"state_bits: expected 32 or 8, got {group['state_bits']}")
+    for p in group["params"]:
+        if p.dtype not in _DTYPES:
+            raise ValueError(f"params: expected dtype {_names(_DTYPES)}, got {_names([p.dtype])}")

@@ -1,0 +1,104 @@
+"""Optimizer memory before there is an optimizer: sizes, budgets, and what a plan needs by tier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_ops.optim.layout import Packer, effective_bits, state_bytes
+
+MIN_EXTENT, MAX_EXTENT = 64 << 10, 16 << 20
+PAGE = 4096  # the file's and the kernel's unit
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}  # fmt: skip
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes from an integer or a string such as "2GiB" or "500 MB".
+
+    Raises:
+        ValueError: if it is neither or not positive.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"{name}: expected bytes or a string such as '2GiB' or '500MB', got {value!r}")
+        number = int(float(match[1]) * unit)
+    else:
+        number = int(value)
+    if number <= 0:
+        raise ValueError(f"{name}: expected a positive number of bytes, got {value!r}")
+    return number
+
+
+def choose_extent_bytes(page_budget: int) -> int:
+    """An eighth of the budget, as a power of two from 64 KiB to 16 MiB.
+
+    From 2 MiB on an extent moves at full bandwidth; smaller ones serve budgets under 16 MiB.
+    """
+    size = MAX_EXTENT
+    while size > MIN_EXTENT and size > page_budget // 8:
+        size //= 2
+    return size
+
+
+def check_extents(page_budget: int, extent_bytes: int) -> None:
+    """Raise ValueError unless extents are whole pages and at least two of them fit the budget."""
+    if extent_bytes < PAGE or extent_bytes % PAGE:
+        raise ValueError(f"extent_bytes: expected a multiple of {PAGE}, got {extent_bytes}")
+    if page_budget < 2 * extent_bytes:
+        raise ValueError(
+            f"page_budget: expected at least {2 * extent_bytes} bytes, two extents of {extent_bytes}, got {page_budget}"
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes that AdamW's states need: `states` altogether, `fast` in the fast tier at most, `slow` behind it."""
+
+    states: int
+    fast: int
+    slow: int
+    extent_bytes: int
+    extents: int
+
+    def __str__(self) -> str:
+        paged = f", {self.slow / 2**20:.1f} MiB of them behind it" if self.slow else ""
+        return f"states {self.states / 2**20:.1f} MiB: {self.fast / 2**20:.1f} MiB in the fast tier{paged}"
+
+
+def optimizer_memory(
+    params: Iterable[Tensor | int],
+    *,
+    state_bits: int = 32,
+    page_budget: int | str | None = None,
+    extent_bytes: int | None = None,
+) -> OptimizerMemory:
+    """What AdamW's states will need, with and without paging; nothing is allocated.
+
+    Args:
+        params: the trained parameters, or their numbers of elements.
+        state_bits: 32 or 8; tensors under 4096 elements count with 32.
+        page_budget, extent_bytes: as for `AdamW`.
+
+    Returns:
+        The memory by tier. With a budget, whole extents count, and `slow` is the size of the page file.
+    """
+    numels = [p if isinstance(p, int) else p.numel() for p in params]
+    if page_budget is None:
+        states = sum(state_bytes(n, effective_bits(n, state_bits)) for n in numels)
+        return OptimizerMemory(states, states, 0, 0, 0)
+    budget = parse_bytes("page_budget", page_budget)
+    extent = choose_extent_bytes(budget) if extent_bytes is None else extent_bytes
+    check_extents(budget, extent)
+    packer = Packer(extent)
+    for n in numels:
+        packer.place(n, effective_bits(n, state_bits))
+    frames = budget // extent
+    fast = min(frames, packer.n_extents) * extent
+    slow = packer.n_extents * extent if packer.n_extents > frames else 0
+    return OptimizerMemory(packer.n_extents * extent, fast, slow, extent, packer.n_extents)

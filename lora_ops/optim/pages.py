@@ -1,0 +1,222 @@
+"""The page layer: extents of fixed size, an explicit page table, a hard budget of frames, and eviction by next use.
+
+A step touches every extent that it needs exactly once, and in which order is ours to choose. Extents that are already
+in a frame go first where nothing else is ready; the others are streamed through a few frames, fetched ahead and
+written back behind. So each step misses extents − frames of them, which no policy can better, and LRU would miss all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lora_ops.optim.errors import PagingError
+from lora_ops.optim.tiers import Tier, Transfer
+
+MAX_AHEAD = 8  # extents fetched ahead: enough to cover the jitter of a disk, and not a large part of the budget
+RESIDENT_BATCH = 4  # resident extents computed at a time while others stream
+
+
+@dataclass(slots=True)
+class Page:
+    """A row of the page table."""
+
+    frame: Tensor | None = None
+    dirty: bool = False  # the frame holds what the tier does not
+    stored: bool = False  # the tier holds it; an extent that neither holds is zeros
+
+
+@dataclass
+class PagerStats:
+    """Counts since the pager was made."""
+
+    sweeps: int = 0
+    hits: int = 0
+    misses: int = 0
+    wait_seconds: float = 0.0
+    peak_frames: int = 0
+    frames: int = 0
+
+
+@dataclass
+class Sweep:
+    """What one pass still has to do."""
+
+    resident: deque[int]  # in a frame, not yet computed
+    missing: deque[int]  # to be fetched
+    idle: list[int]  # in a frame and not part of this pass: the first to go
+    read: bool
+    streamed: list[int] = field(default_factory=list)  # computed; last in, first out
+    computed: list[int] = field(default_factory=list)  # computed, was resident: the last to go
+    coming: deque[tuple[int, Transfer]] = field(default_factory=deque)
+
+    def victim(self) -> int | None:
+        """The extent whose next use is furthest away, among those that this pass needs no more."""
+        for extents in (self.idle, self.streamed, self.computed):
+            if extents:
+                return extents.pop()
+        return None
+
+
+class Pager:
+    """Extents behind a fixed number of frames.
+
+    Args:
+        tier: where extents live that are in no frame; it also makes the frames.
+        n_frames: frames, all that the fast tier ever holds; at least 1, and 2 for transfers to overlap.
+    """
+
+    def __init__(self, tier: Tier, n_frames: int) -> None:
+        if n_frames < 1:
+            raise ValueError(f"n_frames: expected at least 1, got {n_frames}")
+        self.tier = tier
+        self.n_frames = n_frames
+        self.table: list[Page] = []
+        self.stats = PagerStats()
+        self._free: list[Tensor] = []
+        self._writes: deque[Transfer] = deque()
+        self._sweeping = False
+
+    def allocate(self, n: int = 1) -> range:
+        """Add extents that hold zeros; answers their numbers.
+
+        Raises:
+            PagingError: if the tier has no room for them.
+        """
+        first = len(self.table)
+        if first + n > self.n_frames:
+            self.tier.reserve(first + n)
+        self.table += [Page() for _ in range(n)]
+        return range(first, first + n)
+
+    def reset(self) -> None:
+        """Forget every extent, and what went wrong with it; frames and the tier's room are kept for new ones."""
+        while self._writes:
+            with suppress(PagingError):
+                self._writes.popleft().result()
+        self._free += [page.frame for page in self.table if page.frame is not None]
+        self.table = []
+
+    def sweep(
+        self, extents: Sequence[int], *, read: bool = True, write: bool = True
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """Yield batches of (extent, frame) until each extent was there once; a frame is its extent's until the next.
+
+        Args:
+            extents: distinct numbers.
+            read: whether what they hold is needed; otherwise a fetched frame holds zeros.
+            write: whether the caller changes them.
+        """
+        if self._sweeping:
+            raise PagingError("pages: a pass over the extents is already under way")
+        self._sweeping = True
+        work = self._start(extents, read)
+        try:
+            yield from self._batches(work, write)
+        finally:
+            self._sweeping = False
+            self._settle(work)
+
+    def frames_in_use(self) -> int:
+        """Frames that exist; each takes extent_bytes of the fast tier."""
+        return self.stats.frames
+
+    def close(self) -> None:
+        """Give back frames, files and the thread."""
+        self.table = []
+        self._free = []
+        self.tier.close()
+
+    def _start(self, extents: Sequence[int], read: bool) -> Sweep:
+        wanted = set(extents)
+        work = Sweep(
+            resident=deque(e for e in extents if self.table[e].frame is not None),
+            missing=deque(e for e in extents if self.table[e].frame is None),
+            idle=[e for e, page in enumerate(self.table) if page.frame is not None and e not in wanted],
+            read=read,
+        )
+        self.stats.sweeps += 1
+        self.stats.hits += len(work.resident)
+        self.stats.misses += len(work.missing)
+        return work
+
+    def _batches(self, work: Sweep, write: bool) -> Iterator[list[tuple[int, Tensor]]]:
+        # Frames of what was streamed last are to be passed on: they are computed first.
+        while work.resident or work.missing or work.coming:
+            self._fetch_ahead(work)
+            if work.coming and (work.coming[0][1].done() or not work.resident):
+                extent, transfer = work.coming[0]
+                start = time.perf_counter()
+                transfer.result()
+                self.stats.wait_seconds += time.perf_counter() - start
+                work.coming.popleft()
+                yield self._batch([extent], write)
+                work.streamed.append(extent)
+            else:
+                n = RESIDENT_BATCH if work.missing or work.coming else len(work.resident)
+                batch = [work.resident.popleft() for _ in range(min(n, len(work.resident)))]
+                yield self._batch(batch, write)
+                work.computed += batch
+        self._reap_writes()
+
+    def _batch(self, extents: list[int], write: bool) -> list[tuple[int, Tensor]]:
+        batch = []
+        for e in extents:
+            page = self.table[e]
+            if page.frame is None:
+                raise PagingError(f"pages: extent {e} lost its frame")
+            page.dirty |= write
+            batch.append((e, page.frame))
+        return batch
+
+    def _fetch_ahead(self, work: Sweep) -> None:
+        ahead = min(MAX_AHEAD, max(1, self.n_frames // 2))
+        while work.missing and len(work.coming) < ahead:
+            frame = self._take_frame(work)
+            if frame is None:
+                return
+            extent = work.missing.popleft()
+            page = self.table[extent]
+            page.frame = frame
+            fetch = work.read and page.stored
+            page.dirty = page.stored and not fetch
+            work.coming.append((extent, self.tier.read(extent, frame) if fetch else self.tier.clear(frame)))
+
+    def _take_frame(self, work: Sweep) -> Tensor | None:
+        if self._free:
+            return self._free.pop()
+        if self.stats.frames < self.n_frames:
+            self.stats.frames += 1
+            self.stats.peak_frames = max(self.stats.peak_frames, self.stats.frames)
+            return self.tier.new_frame()
+        victim = work.victim()
+        if victim is None:
+            return None
+        page = self.table[victim]
+        frame, page.frame = page.frame, None
+        if page.dirty and frame is not None:
+            self._reap_writes()
+            self._writes.append(self.tier.write(victim, frame))
+            page.dirty, page.stored = False, True
+        return frame
+
+    def _reap_writes(self) -> None:
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().result()
+
+    def _settle(self, work: Sweep) -> None:
+        """Let transfers of a pass that was cut short finish, and take back frames whose content is not an extent's."""
+        while work.coming:
+            extent, transfer = work.coming.popleft()
+            try:
+                transfer.result()
+            except PagingError:  # the caller has it already, or gave up on the pass
+                page = self.table[extent]
+                if page.frame is not None:
+                    self._free.append(page.frame)
+                page.frame = None

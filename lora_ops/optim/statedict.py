@@ -1,0 +1,141 @@
+"""State dicts: torch.optim.AdamW's layout, and what is needed to load and save it from and to pages."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ops.optim.buffers import bytes_of, write_all
+from lora_ops.optim.errors import PagingError
+from lora_ops.optim.layout import BLOCK_SIZE, States, part_numel
+
+
+def entry(step: int, tensors: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+    """The state of one parameter; torch keeps the step in a tensor."""
+    shaped = {name: t if name.endswith("absmax") else t.view(shape) for name, t in tensors.items()}
+    return {"step": torch.tensor(float(step)), **shaped}
+
+
+def matched_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups with our parameters and bits.
+
+    Raises:
+        ValueError: if numbers of groups or parameters differ, or the saved optimizer computed something else.
+    """
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (own, saved))
+    if sizes != saved_sizes:
+        raise ValueError(f"state_dict: expected groups of {sizes} parameters, got {saved_sizes}")
+    if any(group.get("amsgrad") for group in saved):
+        raise ValueError("state_dict: amsgrad is not supported")
+    kept = ("params", "param_names", "state_bits")
+    return [
+        {
+            **mine,
+            **{k: deepcopy(v) for k, v in its.items() if k not in kept},
+            "betas": tuple(its.get("betas", mine["betas"])),
+        }
+        for mine, its in zip(own, saved, strict=True)
+    ]
+
+
+class TensorSink:
+    """Keeps references to the states: for an optimizer without pages, as torch does it."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, States] = {}
+
+    def write(self, index: int, first: int, states: States) -> None:
+        """Note the states of a whole parameter."""
+        self._states[index] = states
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a parameter, flat."""
+        return self._states[index].tensors()
+
+
+class FileBackedSink:
+    """Collects the states in files that are deleted as soon as they are mapped.
+
+    Args:
+        folder: where; needs room for all states.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="state_dict-", dir=folder)
+        self._parts: dict[int, dict[str, tuple[Path, torch.dtype, int]]] = defaultdict(dict)
+
+    def write(self, index: int, first: int, states: States) -> None:
+        """Append to the files of a parameter, at the place of its element `first`."""
+        for name, t in states.tensors().items():
+            path = Path(self._folder.name) / f"{index}.{name}"
+            place = first // BLOCK_SIZE if name.endswith("absmax") else first
+            try:
+                with open(path, "r+b" if path.exists() else "wb", buffering=0) as file:
+                    file.seek(place * t.element_size())
+                    write_all(file, bytes_of(t))
+            except OSError as error:
+                raise PagingError(f"{path}: cannot save the state: {error.strerror}") from error
+            size = max(place + t.numel(), self._parts[index].get(name, (path, t.dtype, 0))[2])
+            self._parts[index][name] = path, t.dtype, size
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a parameter, flat; the files' names are gone afterwards."""
+        found = {}
+        for name, (path, dtype, size) in self._parts.pop(index).items():
+            found[name] = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+            path.unlink()
+        return found
+
+
+class TensorSource:
+    """States of a state dict, ours or torch.optim.AdamW's.
+
+    Args:
+        state_dict: `param_groups` tells the order of its entries.
+        params: ours, in order.
+
+    Raises:
+        ValueError: if an entry does not fit its parameter.
+    """
+
+    def __init__(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> None:
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        self._states: dict[int, States] = {}
+        self.steps: dict[int, int] = {}
+        for index, saved_id in enumerate(saved_ids):
+            saved = state_dict["state"].get(saved_id)
+            if saved:
+                self._states[index] = _states_of(index, saved, params[index])
+                self.steps[index] = int(saved["step"])
+
+    def states(self, index: int, first: int, n: int) -> States | None:
+        """States of elements [first, first + n)."""
+        found = self._states.get(index)
+        if found is None:
+            return None
+        part = found.slice(first, n)
+        return States(part.exp_avg.float(), part.exp_avg_sq.float()) if part.bits == 32 else part
+
+
+def _states_of(index: int, saved: dict[str, Any], param: Tensor) -> States:
+    missing = {"step", "exp_avg", "exp_avg_sq"} - saved.keys()
+    if missing:
+        raise ValueError(f"state_dict: parameter {index} has no {', '.join(sorted(missing))}; is it AdamW's?")
+    coded = saved["exp_avg"].dtype == torch.uint8
+    names = States.names(8 if coded else 32)
+    for name in names:
+        if name not in saved:
+            raise ValueError(f"state_dict: parameter {index} has 8-bit codes and no {name}")
+        expected = part_numel(name, param.numel())
+        if saved[name].numel() != expected:
+            raise ValueError(
+                f"state_dict: parameter {index}: {name}: expected {expected} elements, got {saved[name].numel()}"
+            )
+    return States(*(saved[name].detach().reshape(-1) for name in names))

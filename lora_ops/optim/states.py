@@ -1,0 +1,207 @@
+"""Where an optimizer keeps its states: in tensors, or in pages. Both run the same kernel on the same slices."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora_ops.kernels.adamw import Slice, adamw_
+from lora_ops.optim.layout import Packer, Segment, States, converted, new_states, views
+from lora_ops.optim.pages import Pager
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a parameter needs: its number among all parameters, elements, bits of its states, and device."""
+
+    index: int
+    numel: int
+    bits: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One parameter's part of a step: flat contiguous param and grad, row of the constants, the step's number."""
+
+    index: int
+    param: Tensor
+    grad: Tensor
+    row: int
+    step: int
+
+
+class Source(Protocol):
+    """Where states are loaded from."""
+
+    def states(self, index: int, first: int, n: int) -> States | None:
+        """States of elements [first, first + n) of a parameter, or None if it has none."""
+
+
+class Sink(Protocol):
+    """Where states are saved to."""
+
+    def write(self, index: int, first: int, states: States) -> None:
+        """Take the states of a run of elements of a parameter that begins at `first`."""
+
+
+class ResidentStates:
+    """States as tensors on the parameters' devices."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, States] = {}
+
+    def add(self, specs: Sequence[Spec]) -> None:
+        """Make zero states for new parameters."""
+        for spec in specs:
+            self.states[spec.index] = new_states(spec.numel, spec.bits, spec.device)
+
+    def step(self, jobs: Sequence[Job], rows: Sequence[tuple[float, ...]], seed: int | None) -> None:
+        """Update every parameter, in one kernel call a device."""
+        slices: dict[torch.device, list[Slice]] = defaultdict(list)
+        for job in jobs:
+            slices[job.param.device].append(_slice(job, job.param, job.grad, self.states[job.index], 0))
+        for group in slices.values():
+            adamw_(group, rows, seed=seed)
+
+    def fill(self, source: Source) -> None:
+        """Load the states of every parameter."""
+        for index, states in self.states.items():
+            found = source.states(index, 0, states.exp_avg.numel())
+            if found is not None:
+                states.copy_(converted(found, states.bits))
+
+    def drain(self, sink: Sink) -> None:
+        """Save the states of every parameter."""
+        for index, states in self.states.items():
+            sink.write(index, 0, states)
+
+    def runs(self) -> Iterator[tuple[int, int, int, int]]:
+        """(index, first, n, bits) of every call that `drain` makes."""
+        for index, states in self.states.items():
+            yield index, 0, states.exp_avg.numel(), states.bits
+
+    def reset(self) -> None:
+        """Forget every parameter."""
+        self.states = {}
+
+    def close(self) -> None:
+        """Free the tensors."""
+        self.reset()
+
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(t.nbytes for states in self.states.values() for t in states.tensors().values())
+
+
+class PagedStates:
+    """States in extents behind a pager.
+
+    Args:
+        pager: holds the extents.
+        extent_bytes: their size.
+    """
+
+    def __init__(self, pager: Pager, extent_bytes: int) -> None:
+        self.pager = pager
+        self.extent_bytes = extent_bytes
+        self.segments: dict[int, list[Segment]] = {}
+        self._packer = Packer(extent_bytes)
+        self._views: dict[tuple[int, int], tuple[Tensor, States]] = {}
+
+    def add(self, specs: Sequence[Spec]) -> None:
+        """Place new parameters in extents, which begin as zeros.
+
+        Raises:
+            PagingError: if the slow tier has no room; nothing is changed then but the room in extents.
+        """
+        placed = {spec.index: self._packer.place(spec.numel, spec.bits) for spec in specs}
+        missing = self._packer.n_extents - len(self.pager.table)
+        if missing > 0:
+            self.pager.allocate(missing)
+        self.segments.update(placed)
+
+    def step(self, jobs: Sequence[Job], rows: Sequence[tuple[float, ...]], seed: int | None) -> None:
+        """Update every parameter, in one kernel call for each batch of extents that the pager brings."""
+        parts: dict[int, list[tuple[Job, Segment]]] = defaultdict(list)
+        for job in jobs:
+            for segment in self.segments[job.index]:
+                parts[segment.extent].append((job, segment))
+        for batch in self.pager.sweep(list(parts)):
+            slices = []
+            for extent, frame in batch:
+                for job, s in parts[extent]:
+                    whole = s.n == job.param.numel()
+                    param = job.param if whole else job.param[s.first : s.first + s.n]
+                    grad = job.grad if whole else job.grad[s.first : s.first + s.n]
+                    slices.append(_slice(job, param, grad, self._states(job.index, s, frame), s.first))
+            adamw_(slices, rows, seed=seed)
+
+    def fill(self, source: Source) -> None:
+        """Load the states of every parameter, extent by extent."""
+        parts = self._by_extent()
+        for batch in self.pager.sweep(list(parts), read=False):
+            for extent, frame in batch:
+                for index, s in parts[extent]:
+                    states = self._states(index, s, frame)
+                    found = source.states(index, s.first, s.n)
+                    if found is None:
+                        found = new_states(s.n, s.bits, frame.device)
+                    states.copy_(converted(found, s.bits))
+
+    def drain(self, sink: Sink) -> None:
+        """Save the states of every parameter, extent by extent."""
+        parts = self._by_extent()
+        for batch in self.pager.sweep(list(parts), write=False):
+            for extent, frame in batch:
+                for index, s in parts[extent]:
+                    sink.write(index, s.first, self._states(index, s, frame))
+
+    def runs(self) -> Iterator[tuple[int, int, int, int]]:
+        """(index, first, n, bits) of every call that `drain` makes."""
+        for index, segments in self.segments.items():
+            for s in segments:
+                yield index, s.first, s.n, s.bits
+
+    def reset(self) -> None:
+        """Forget every parameter; frames and file are kept."""
+        self.pager.reset()
+        self.segments = {}
+        self._packer = Packer(self.extent_bytes)
+        self._views = {}
+
+    def close(self) -> None:
+        """Give back memory and files."""
+        self.segments = {}
+        self._views = {}
+        self.pager.close()
+
+    def nbytes(self) -> int:
+        """Bytes of all extents."""
+        return len(self.pager.table) * self.extent_bytes
+
+    def _by_extent(self) -> dict[int, list[tuple[int, Segment]]]:
+        parts: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
+        for index, segments in self.segments.items():
+            for segment in segments:
+                parts[segment.extent].append((index, segment))
+        return parts
+
+    def _states(self, index: int, s: Segment, frame: Tensor) -> States:
+        key = index, s.first
+        cached = self._views.get(key)  # of a resident extent the frame stays the same
+        if cached is None or cached[0] is not frame:
+            cached = self._views[key] = frame, views(frame, s.offset, s.n, s.bits)
+        return cached[1]
+
+
+def _slice(job: Job, param: Tensor, grad: Tensor, s: States, first: int) -> Slice:
+    return Slice(
+        param, grad, s.exp_avg, s.exp_avg_sq, s.exp_avg_absmax, s.exp_avg_sq_absmax,
+        job.row, job.index, job.step, first,
+    )  # fmt: skip

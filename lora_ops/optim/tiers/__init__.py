@@ -1,0 +1,6 @@
+"""Where extents live when they are not in the fast tier, and how they get there and back."""
+
+from lora_ops.optim.tiers.base import Tier, Transfer
+from lora_ops.optim.tiers.file import FileTier
+
+__all__ = ["FileTier", "Tier", "Transfer"]

@@ -1,0 +1,127 @@
+"""Pages: bit-identical to no pages, within the budget, and gone when the optimizer is."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, optimizer_memory
+from tests.optim.conftest import EXTENT, Run, assert_equal, state_bytes
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_500_steps_at_a_tenth_of_the_states(adamw: Callable, bits: int, tmp_path: Path) -> None:
+    """Clipping, accumulation, schedule, groups, missing gradients, parameters that join and freeze: the same bits."""
+    extent = EXTENT if bits == 32 else 4096
+    budget = max(state_bytes(bits) // 10, 2 * extent)
+    plain = Run(adamw(state_bits=bits)).train(500, join_at=150, freeze_at=300)
+    paged = Run(adamw(state_bits=bits, page_budget=budget, page_dir=tmp_path, extent_bytes=extent))
+    paged.train(500, join_at=150, freeze_at=300)
+    assert_equal(paged.tensors(), plain.tensors())
+    stats = paged.optimizer.paging_stats()
+    assert stats.peak <= stats.budget <= budget
+    assert stats.extents * extent > 5 * budget
+    assert stats.misses > 0
+    assert stats.read > 0
+    assert stats.written > 0
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 100])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_every_budget_gives_the_same_bits(adamw: Callable, bits: int, budget: int) -> None:
+    plain = Run(adamw(state_bits=bits)).train(6)
+    paged = Run(adamw(state_bits=bits, page_budget=(budget + 1) * 4096, extent_bytes=4096)).train(6)
+    assert_equal(paged.tensors(), plain.tensors())
+
+
+def test_bf16_with_stochastic_rounding_does_not_depend_on_pages(adamw: Callable) -> None:
+    options = {"state_bits": 8, "stochastic_rounding": True, "seed": 3}
+    plain = Run(adamw(**options), torch.bfloat16).train(20)
+    paged = Run(adamw(**options, page_budget=4 * 4096, extent_bytes=4096), torch.bfloat16).train(20)
+    assert_equal(paged.tensors(), plain.tensors())
+
+
+def test_everything_resident_moves_nothing(adamw: Callable) -> None:
+    run = Run(adamw(page_budget="64MiB")).train(5)
+    stats = run.optimizer.paging_stats()
+    assert (stats.read, stats.written, stats.bytes_by_tier["file"]) == (0, 0, 0)
+    assert stats.hit_rate > 0.7
+
+
+def test_misses_are_the_least_possible(adamw: Callable) -> None:
+    """A step touches every extent once: with F frames all but F must be fetched. LRU would fetch all."""
+    params = [nn.Parameter(torch.randn(2048)) for _ in range(12)]  # an extent each
+    optimizer = adamw(page_budget=5 * EXTENT, extent_bytes=EXTENT)([{"params": params}])
+    for step in range(6):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        before = optimizer.paging_stats()
+        optimizer.step()
+        after = optimizer.paging_stats()
+        if step:
+            assert (after.hits - before.hits, after.misses - before.misses) == (5, 7)
+
+
+def test_memory_and_files_return(tmp_path: Path) -> None:
+    p = nn.Parameter(torch.randn(1 << 16))
+    optimizer = AdamW([p], page_budget=2 * EXTENT, extent_bytes=EXTENT, page_dir=tmp_path / "pages")
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert (tmp_path / "pages" / "lora_ops.pages").stat().st_size == 512 << 10
+    state = optimizer.state_dict()  # outlives the optimizer
+    assert sorted(f.name for f in (tmp_path / "pages").iterdir()) == ["lora_ops.lock", "lora_ops.pages"]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    del optimizer
+    gc.collect()
+    assert list((tmp_path / "pages").iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 2
+    assert bool((state["state"][0]["exp_avg_sq"] > 0).all())
+    again = AdamW([p], page_budget=2 * EXTENT, extent_bytes=EXTENT, page_dir=tmp_path / "pages")
+    again.close()
+
+
+def test_temporary_folder_goes_with_the_optimizer() -> None:
+    p = nn.Parameter(torch.randn(1 << 14))
+    optimizer = AdamW([p], page_budget=2 * EXTENT, extent_bytes=EXTENT)
+    folder = optimizer._folder()
+    assert folder.is_dir()
+    optimizer.close()
+    assert not folder.exists()
+
+
+def test_names_of_bitsandbytes() -> None:
+    p = nn.Parameter(torch.randn(5000))
+    for cls, bits, paged in ((AdamW8bit, 8, False), (PagedAdamW, 32, True), (PagedAdamW8bit, 8, True)):
+        optimizer = cls([p], lr=1e-3)
+        assert optimizer.param_groups[0]["state_bits"] == bits
+        assert (optimizer.page_budget is not None) == paged
+        optimizer.close()
+
+
+def test_stats_in_words(adamw: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lora_ops"):
+        run = Run(adamw(page_budget=4 * EXTENT, extent_bytes=EXTENT)).train(3)
+    assert "hit rate" in str(run.optimizer.paging_stats())
+    assert any("paged optimizer states" in r.message for r in caplog.records)
+    with pytest.raises(ValueError, match="paging_stats: the optimizer has no page_budget"):
+        AdamW([nn.Parameter(torch.ones(3))]).paging_stats()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_planner_agrees_with_the_optimizer(adamw: Callable, bits: int) -> None:
+    run = Run(adamw(state_bits=bits, page_budget=4 * EXTENT, extent_bytes=EXTENT)).train(3)
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    plan = optimizer_memory(params, state_bits=bits, page_budget=4 * EXTENT, extent_bytes=EXTENT)
+    stats = run.optimizer.paging_stats()
+    assert (plan.extents, plan.fast) == (stats.extents, stats.peak)
+    assert plan.slow == stats.bytes_by_tier["file"]
+    unpaged = optimizer_memory([10**6], state_bits=bits)
+    assert unpaged.fast == unpaged.states
+    assert unpaged.states == pytest.approx({32: 8e6, 8: 2e6 * (1 + 4 / 256)}[bits], rel=1e-3)
