@@ -258,7 +258,7 @@ struct Avx2Floats {
 
 }  // namespace
 
-const Nf4GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, f32_task<Avx2Floats>};
+const Nf4GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
 
 const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, blockwise8_quantize<Avx2>,
                               blockwise8_dequantize, adamw<Avx2>};

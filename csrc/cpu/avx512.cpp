@@ -249,7 +249,7 @@ struct Avx512Floats {
 
 }  // namespace
 
-const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, f32_task<Avx512Floats>};
+const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
                                 blockwise8_dequantize, adamw<Avx512>};

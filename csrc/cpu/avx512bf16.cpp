@@ -19,43 +19,51 @@ namespace {
 // The 16 products code * absmax of a block, rounded to nearest even; twice, so that an index's fifth bit is free.
 inline __m512i bf16_table(float absmax) {
     const __m512 exact = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
-    return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(exact)));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(exact, exact));
 }
 
-// 32 elements from quadwords `half` and `half + 1` of packed: the low 4 bits of each 16-bit lane are a code, in order.
-template <int half>
-inline __m512i codes32(__m512i packed) {
-    const __m512i quadwords = _mm512_setr_epi64(half, half, half, half, half + 1, half + 1, half + 1, half + 1);
-    // Lane e of a quadword's 16 takes the 8 bits from bit 8 * (e / 2) on, from 4 more where e is even.
-    const __m512i shifts = _mm512_set_epi16(56, 60, 48, 52, 40, 44, 32, 36, 24, 28, 16, 20, 8, 12, 0, 4,  //
-                                            56, 60, 48, 52, 40, 44, 32, 36, 24, 28, 16, 20, 8, 12, 0, 4);
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi64(quadwords, packed));
+// Index of lane e of a quadword's 16 elements: the 8 bits from bit 8 * (e / 2) on, from 4 more where e is even. Of
+// each 16-bit lane only the low 4 bits are a code; a permute ignores all but 5, and the fifth is free.
+constexpr int16_t kShift[16] = {4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56};
+
+// 32 elements in order.
+inline __m512i decode32(__m512i table, __m128i packed) {
+    const __m512i quadwords = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m512i shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kShift)));
+    const __m512i codes = _mm512_permutexvar_epi64(quadwords, _mm512_castsi128_si512(packed));
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, codes), table);
 }
-
-inline __m512i decode32(__m512i table, const uint8_t* packed) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-    return _mm512_permutexvar_epi16(codes32<0>(_mm512_castsi128_si512(bytes)), table);
-}
-
-// 64 elements.
-struct Codes64 {
-    __m512i first, second;
-    explicit Codes64(const uint8_t* packed) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-        first = codes32<0>(_mm512_castsi256_si512(bytes));
-        second = codes32<2>(_mm512_castsi256_si512(bytes));
-    }
-};
-
-// Whether rows and blocks of W meet at multiples of 64 elements.
-inline bool is_aligned(const Nf4Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }
 
 // The same where the tensor ends within the 16 bytes.
 inline __m512i decode32(__m512i table, const uint8_t* packed, int64_t n_bytes) {
-    if (n_bytes >= 16) return decode32(table, packed);
-    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n_bytes) - 1), packed);
-    return _mm512_permutexvar_epi16(codes32<0>(_mm512_castsi128_si512(bytes)), table);
+    const __mmask16 inside = n_bytes >= 16 ? 0xffff : static_cast<__mmask16>((1u << n_bytes) - 1);
+    return decode32(table, _mm_maskz_loadu_epi8(inside, packed));
 }
+
+// 32 elements in an order that saves a permute: quadword 2 i of the result is elements 4 i to 4 i + 3 of the first 16,
+// quadword 2 i + 1 the same of the last 16. Loads broadcast for free.
+struct Mixed {
+    __m512i shifts;
+    Mixed() {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + 8));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(high, low)),
+                                                _mm256_set_m128i(high, low), 1);
+        shifts = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3), both);
+    }
+    __m512i decode(__m512i table, const uint8_t* packed) const {
+        const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, codes), table);
+    }
+    // Of the pair of elements in 32-bit lane i.
+    static constexpr int pair(int i) { return 8 * (i / 2 % 2) + 2 * (i / 4) + i % 2; }
+};
+
+// Any 32 elements of x in that order.
+inline __m512i mix(__m512i x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
+
+// Whether rows and blocks of W meet at multiples of 64 elements.
+inline bool is_aligned(const Nf4Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }
 
 // Decodes elements [begin, begin + n) and up to 31 before and after them, aligned to 32. Element begin is at the
 // returned address. out has room for n + 62.
@@ -66,12 +74,6 @@ const uint16_t* decode_span(const Nf4Gemm& g, int64_t begin, int64_t n, uint16_t
     for (int64_t i = first; i < last; ++block) {
         const int64_t block_end = lesser((block + 1) * g.w.block_size, last);
         const __m512i table = bf16_table(nf4_absmax(g.w, block));
-        for (; i + 64 <= block_end; i += 64) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(g.w.packed + i / 2));
-            const __m512i wide = _mm512_castsi256_si512(bytes);
-            _mm512_storeu_si512(out + i - first, _mm512_permutexvar_epi16(codes32<0>(wide), table));
-            _mm512_storeu_si512(out + i - first + 32, _mm512_permutexvar_epi16(codes32<2>(wide), table));
-        }
         for (; i < block_end; i += 32) {
             _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2, n_bytes - i / 2));
         }
@@ -123,6 +125,7 @@ struct Bf16Engine {
     static void aligned_panel_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         const int64_t row_bytes = g.k / 2, ahead = kAhead < row_bytes ? kAhead : row_bytes;
         alignas(64) uint16_t buffer[16][64];
+        const Mixed mixed;
         for (int vector = 0; vector < kVectors; ++vector) {
             const int64_t first = (column + 16 * vector) * g.k + begin;
             for (int64_t k = 0; k < depth; k += 64) {
@@ -132,16 +135,15 @@ struct Bf16Engine {
                 for (int i = 0; i < 16; ++i) {
                     if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(soon + i * row_bytes), _MM_HINT_T0);
                     const __m512i table = bf16_table(nf4_absmax(g.w, (first + i * g.k + k) / g.w.block_size));
-                    const Codes64 codes(packed + i * row_bytes);
-                    _mm512_store_si512(buffer[i], _mm512_permutexvar_epi16(codes.first, table));
-                    _mm512_store_si512(buffer[i] + 32, _mm512_permutexvar_epi16(codes.second, table));
+                    _mm512_store_si512(buffer[i], mixed.decode(table, packed + i * row_bytes));
+                    _mm512_store_si512(buffer[i] + 32, mixed.decode(table, packed + i * row_bytes + 16));
                 }
                 for (int half = 0; half < 2; ++half) {
                     __m512i r[16];
                     for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(buffer[i] + 32 * half);
                     transpose16(r);
                     uint16_t* to = panel + (k + 32 * half) * kColumns + 32 * vector;
-                    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 2 * kColumns, r[i]);
+                    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + Mixed::pair(i) * 2 * kColumns, r[i]);
                 }
             }
         }
@@ -149,6 +151,7 @@ struct Bf16Engine {
 
     static void aligned_panel_of_columns(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth,
                                          uint16_t* panel) {
+        const Mixed mixed;
         for (int64_t i = 0; i < depth; i += 2) {
             __m512i row[2][2];
             for (int j = 0; j < 2; ++j) {
@@ -156,11 +159,18 @@ struct Bf16Engine {
                 const uint8_t* packed = g.w.packed + first / 2;
                 _mm_prefetch(reinterpret_cast<const char*>(packed + kRowsAhead * (g.k / 2)), _MM_HINT_T0);
                 const __m512i table = bf16_table(nf4_absmax(g.w, first / g.w.block_size));
-                const Codes64 codes(packed);
-                row[j][0] = _mm512_permutexvar_epi16(codes.first, table);
-                row[j][1] = _mm512_permutexvar_epi16(codes.second, table);
+                row[j][0] = mixed.decode(table, packed);
+                row[j][1] = mixed.decode(table, packed + 16);
             }
-            for (int half = 0; half < 2; ++half) interleave(row[0][half], row[1][half], panel + i * kColumns + 64 * half);
+            // Lane by lane, and back in order: elements 0-15 are the even quadwords.
+            const __m512i low = _mm512_set_epi16(59, 27, 58, 26, 57, 25, 56, 24, 51, 19, 50, 18, 49, 17, 48, 16,  //
+                                                 43, 11, 42, 10, 41, 9, 40, 8, 35, 3, 34, 2, 33, 1, 32, 0);
+            const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(4));
+            for (int half = 0; half < 2; ++half) {
+                uint16_t* const to = panel + i * kColumns + 64 * half;
+                _mm512_store_si512(to, _mm512_permutex2var_epi16(row[0][half], low, row[1][half]));
+                _mm512_store_si512(to + 32, _mm512_permutex2var_epi16(row[0][half], high, row[1][half]));
+            }
         }
     }
 
@@ -291,15 +301,15 @@ inline void write_dot(const Nf4Gemm& g, int64_t i, int64_t column, __m512 sums) 
     static_cast<BF16*>(g.out)[i * g.stride_out + column] = round_to<BF16>(sum);
 }
 
-// `rows` rows of W, with K and the block size multiples of 64.
+// `rows` rows of W, with K and the block size multiples of 64; x [m, K] is mixed.
 template <int m, int rows>
-void dot_aligned(const Nf4Gemm& g, int64_t column) {
+void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column) {
+    const Mixed mixed;
     __m512 sum[m][rows];
     for (int i = 0; i < m; ++i) {
         for (int r = 0; r < rows; ++r) sum[i][r] = _mm512_setzero_ps();
     }
     alignas(64) float scales[rows][kDotSpan / 64];
-    const BF16* const x = static_cast<const BF16*>(g.a);
     for (int64_t begin = 0; begin < g.k; begin += kDotSpan) {
         const int64_t n = lesser(kDotSpan, g.k - begin);
         for (int r = 0; r < rows; ++r) {
@@ -317,12 +327,11 @@ void dot_aligned(const Nf4Gemm& g, int64_t column) {
                 const __m512i table = bf16_table(scales[r][k / 64]);
                 const uint8_t* const from = packed + (r * g.k + k) / 2;
                 if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + rows * g.k / 2), _MM_HINT_T0);
-                const Codes64 codes(from);
-                w[r][0] = as_bf16(_mm512_permutexvar_epi16(codes.first, table));
-                w[r][1] = as_bf16(_mm512_permutexvar_epi16(codes.second, table));
+                w[r][0] = as_bf16(mixed.decode(table, from));
+                w[r][1] = as_bf16(mixed.decode(table, from + 16));
             }
             for (int i = 0; i < m; ++i) {
-                const BF16* from = x + i * g.stride_a + begin + k;
+                const BF16* from = x + i * g.k + begin + k;
                 for (int half = 0; half < 2; ++half) {
                     const __m512bh a = as_bf16(_mm512_loadu_si512(from + 32 * half));
                     for (int r = 0; r < rows; ++r) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], a, w[r][half]);
@@ -358,13 +367,13 @@ void dot_any(const Nf4Gemm& g, int64_t column) {
 }
 
 template <int m>
-void dot_task(const Nf4Gemm& g, int64_t task) {
+void dot_task(const Nf4Gemm& g, const BF16* x, int64_t task) {
     constexpr int kTogether = m <= 2 ? 4 : 2;  // rows of W that share loads of x and hide latency
     int64_t column = task * kDotColumns;
     const int64_t end = lesser(column + kDotColumns, g.n);
     if (is_aligned(g)) {
-        for (; column + kTogether <= end; column += kTogether) dot_aligned<m, kTogether>(g, column);
-        for (; column < end; ++column) dot_aligned<m, 1>(g, column);
+        for (; column + kTogether <= end; column += kTogether) dot_aligned<m, kTogether>(g, x, column);
+        for (; column < end; ++column) dot_aligned<m, 1>(g, x, column);
     }
     for (; column < end; ++column) dot_any<m>(g, column);
 }
@@ -375,28 +384,39 @@ Nf4GemmPlan nf4_gemm_plan(const Nf4Gemm& g, int n_threads) {
         Nf4GemmPlan plan = {};
         plan.tasks = ceil_div(g.n, kDotColumns);
         plan.dot = true;
+        plan.shared_bytes = is_aligned(g) ? g.m * g.k * int64_t{sizeof(BF16)} : 0;
         return plan;
     }
     return panel_plan<Bf16Engine>(g, n_threads);
 }
 
-void nf4_gemm_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch) {
-    if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.task(g, plan, task, scratch);
+void nf4_gemm_prepare(const Nf4Gemm& g, const Nf4GemmPlan& plan, char* shared) {
+    if (!plan.shared_bytes) return;
+    BF16* const to = reinterpret_cast<BF16*>(shared);
+    for (int64_t i = 0; i < g.m; ++i) {
+        const BF16* const from = static_cast<const BF16*>(g.a) + i * g.stride_a;
+        for (int64_t k = 0; k < g.k; k += 32) _mm512_store_si512(to + i * g.k + k, mix(_mm512_loadu_si512(from + k)));
+    }
+}
+
+void nf4_gemm_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char* shared, char* scratch) {
+    if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.task(g, plan, task, shared, scratch);
+    const BF16* const x = reinterpret_cast<const BF16*>(shared);
     if (!plan.dot) return panel_task<Bf16Engine, BF16>(g, plan, task, scratch);
     switch (g.m) {
-        case 1: return dot_task<1>(g, task);
-        case 2: return dot_task<2>(g, task);
-        case 3: return dot_task<3>(g, task);
-        case 4: return dot_task<4>(g, task);
-        case 5: return dot_task<5>(g, task);
-        case 6: return dot_task<6>(g, task);
-        case 7: return dot_task<7>(g, task);
-        case 8: return dot_task<8>(g, task);
+        case 1: return dot_task<1>(g, x, task);
+        case 2: return dot_task<2>(g, x, task);
+        case 3: return dot_task<3>(g, x, task);
+        case 4: return dot_task<4>(g, x, task);
+        case 5: return dot_task<5>(g, x, task);
+        case 6: return dot_task<6>(g, x, task);
+        case 7: return dot_task<7>(g, x, task);
+        case 8: return dot_task<8>(g, x, task);
     }
 }
 
 }  // namespace
 
-const Nf4GemmKernels kAvx512Bf16Gemm = {nf4_gemm_plan, nf4_gemm_task};
+const Nf4GemmKernels kAvx512Bf16Gemm = {nf4_gemm_plan, nf4_gemm_prepare, nf4_gemm_task};
 
 }  // namespace lora_ops

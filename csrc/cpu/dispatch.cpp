@@ -100,20 +100,25 @@ int64_t size_of(int dtype) { return dtype == LORA_OPS_F32 ? 4 : 2; }
 bool is_dtype(int dtype) { return dtype == LORA_OPS_F32 || dtype == LORA_OPS_F16 || dtype == LORA_OPS_BF16; }
 
 // Memory of the calling thread that stays allocated until the thread ends: fresh pages cost as much as a small product.
-char* scratch(int64_t bytes) {
+class Scratch {
+public:
+    // At least `bytes`, aligned to a cache line, with the contents undefined; or NULL.
+    char* get(int64_t bytes) {
+        if (size_ < bytes) {
+            memory_.reset();
+            memory_.reset(new (std::align_val_t{64}, std::nothrow) char[bytes]);
+            size_ = memory_ ? bytes : 0;
+        }
+        return memory_.get();
+    }
+
+private:
     struct Free {
         void operator()(char* p) const { operator delete[](p, std::align_val_t{64}); }
     };
-    thread_local std::unique_ptr<char[], Free> memory;
-    thread_local int64_t size = 0;
-    if (size < bytes) {
-        memory.reset();
-        size = 0;
-        memory.reset(new (std::align_val_t{64}, std::nothrow) char[bytes]);
-        if (memory) size = bytes;
-    }
-    return memory.get();
-}
+    std::unique_ptr<char[], Free> memory_;
+    int64_t size_ = 0;
+};
 
 bool is_valid(const lora_ops_nf4_weight* w) {
     if (!w || w->block_size <= 0 || w->block_size % 32) return false;
@@ -130,14 +135,18 @@ int nf4_gemm(const Nf4Gemm& g, int n_threads) {
     const Nf4GemmPlan plan = isa.plan(g, n_threads);
     const int64_t useful = g.n * g.k / kElementsPerThread + 1;
     const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
+    thread_local Scratch shared_scratch, thread_scratch;
+    char* const shared = shared_scratch.get(plan.shared_bytes);
+    if (plan.shared_bytes && !shared) return LORA_OPS_NO_MEMORY;
+    if (isa.prepare) isa.prepare(g, plan, shared);
     std::atomic<bool> has_memory{true};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t task = 0; task < plan.tasks; ++task) {
-        char* const memory = scratch(plan.scratch_bytes);
+        char* const memory = thread_scratch.get(plan.scratch_bytes);
         if (plan.scratch_bytes && !memory) {
             has_memory.store(false, std::memory_order_relaxed);
         } else {
-            isa.task(g, plan, task, memory);
+            isa.task(g, plan, task, shared, memory);
         }
     }
     return has_memory.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NO_MEMORY;

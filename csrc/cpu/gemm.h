@@ -29,12 +29,14 @@ struct Nf4GemmPlan {
     int64_t tasks;
     int64_t task_rows;      // of out; the rest of a task's extent is up to the kernel
     int64_t scratch_bytes;  // of each thread
+    int64_t shared_bytes;   // that prepare writes and all tasks read
     bool dot;               // the kernel for a few rows
 };
 
 struct Nf4GemmKernels {
     Nf4GemmPlan (*plan)(const Nf4Gemm& g, int n_threads);
-    void (*task)(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch);
+    void (*prepare)(const Nf4Gemm& g, const Nf4GemmPlan& plan, char* shared);  // once, before the tasks; or NULL
+    void (*task)(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char* shared, char* scratch);
 };
 
 extern const Nf4GemmKernels kPortableGemm;

@@ -226,7 +226,7 @@ Nf4GemmPlan f32_plan(const Nf4Gemm& g, int n_threads) {
 }
 
 template <class V>
-void f32_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch) {
+void f32_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char*, char* scratch) {
     switch (g.dtype) {
         case LORA_OPS_F32: return f32_task_of<V, float>(g, plan, task, scratch);
         case LORA_OPS_F16: return f32_task_of<V, F16>(g, plan, task, scratch);

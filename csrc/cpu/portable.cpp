@@ -91,7 +91,7 @@ struct PortableFloats {
 
 }  // namespace
 
-const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, f32_task<PortableFloats>};
+const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
                                   blockwise8_quantize<Portable>, blockwise8_dequantize, adamw<Portable>};
