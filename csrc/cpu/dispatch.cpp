@@ -120,6 +120,12 @@ private:
     int64_t size_ = 0;
 };
 
+// A function of its own, so that every thread of a team passes the declaration and frees its memory when it ends.
+char* thread_scratch(int64_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.get(bytes);
+}
+
 bool is_valid(const lora_ops_nf4_weight* w) {
     if (!w || w->block_size <= 0 || w->block_size % 32) return false;
     const bool nested = w->absmax_codes && w->absmax_map && w->nested_absmax;
@@ -135,14 +141,14 @@ int nf4_gemm(const Nf4Gemm& g, int n_threads) {
     const Nf4GemmPlan plan = isa.plan(g, n_threads);
     const int64_t useful = g.n * g.k / kElementsPerThread + 1;
     const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
-    thread_local Scratch shared_scratch, thread_scratch;
+    thread_local Scratch shared_scratch;
     char* const shared = shared_scratch.get(plan.shared_bytes);
     if (plan.shared_bytes && !shared) return LORA_OPS_NO_MEMORY;
     if (isa.prepare) isa.prepare(g, plan, shared);
     std::atomic<bool> has_memory{true};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (int64_t task = 0; task < plan.tasks; ++task) {
-        char* const memory = thread_scratch.get(plan.scratch_bytes);
+        char* const memory = thread_scratch(plan.scratch_bytes);
         if (plan.scratch_bytes && !memory) {
             has_memory.store(false, std::memory_order_relaxed);
         } else {
