@@ -89,9 +89,11 @@ struct Avx512Float {
     // x [n] -> out [width], a multiple of 16: zero where the bits are, and from n on.
     template <class T>
     static void pack_row(const T* x, int64_t n, const uint8_t* bits, uint32_t* out, int64_t width) {
-        for (int64_t c = 0; c < width; c += 16) {
-            _mm512_storeu_ps(out + c, load16(x + c, kept16(n, bits, c)));
+        int64_t c = 0;
+        if (!bits) {  // what is not the edge needs no masks, which cost as much as the rest
+            for (; c + 16 <= std::min(n, width); c += 16) _mm512_storeu_ps(out + c, load16(x + c, 0xffff));
         }
+        for (; c < width; c += 16) _mm512_storeu_ps(out + c, load16(x + c, kept16(n, bits, c)));
     }
 
     // y [16 J] += sums, where the bits are set.
