@@ -31,6 +31,9 @@ format: $(VENV)/.test ## let ruff rewrite what it can
 bench: $(VENV)/.test ## time every op against dense torch, PEFT and bitsandbytes; writes bench/results/
 	$(BIN)/python -m bench $(ARGS)
 
+faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
+	$(BIN)/python -m tests.optim.crash --rounds 200
+
 native: $(VENV)/.test ## build the C++ kernels in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
 

@@ -14,6 +14,8 @@ from lora_ops.kernels.adamw import Slice, adamw_
 from lora_ops.optim.layout import Packer, Segment, States, converted, new_states, views
 from lora_ops.optim.pages import Pager
 
+_FILL = 1 << 20  # elements that are loaded at a time, in whole blocks: what a file gives is in memory twice
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -72,9 +74,11 @@ class ResidentStates:
     def fill(self, source: Source) -> None:
         """Load the states of every parameter."""
         for index, states in self.states.items():
-            found = source.states(index, 0, states.exp_avg.numel())
-            if found is not None:
-                states.copy_(converted(found, states.bits))
+            numel = states.exp_avg.numel()
+            for first in range(0, numel, _FILL):
+                n = min(_FILL, numel - first)
+                if (found := source.states(index, first, n)) is not None:
+                    states.slice(first, n).copy_(converted(found, states.bits))
 
     def drain(self, sink: Sink) -> None:
         """Save the states of every parameter."""

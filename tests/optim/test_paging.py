@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from torch import nn
 
 from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, optimizer_memory
 from tests.optim.conftest import EXTENT, Run, assert_equal, state_bytes
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -125,3 +129,36 @@ def test_planner_agrees_with_the_optimizer(adamw: Callable, bits: int) -> None:
     unpaged = optimizer_memory([10**6], state_bits=bits)
     assert unpaged.fast == unpaged.states
     assert unpaged.states == pytest.approx({32: 8e6, 8: 2e6 * (1 + 4 / 256)}[bits], rel=1e-3)
+
+
+RSS = """
+import resource, sys, torch
+from lora_ops.optim import AdamW
+budget, bits, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def run(n, **kwargs):
+    p = torch.nn.Parameter(torch.randn(n))
+    p.grad = torch.randn(n)
+    optimizer = AdamW([p], state_bits=bits, **kwargs)
+    before = peak()
+    for _ in range(3):
+        optimizer.step()
+    optimizer.save_checkpoint(folder + "/x")
+    optimizer.load_checkpoint(folder + "/x")
+    return peak() - before
+run(1 << 12)  # what is loaded once
+print(run(1 << 24, page_budget=budget, page_dir=folder + "/pages") if budget else run(1 << 24))
+"""
+
+
+@pytest.mark.parametrize(("bits", "states"), [(32, 128 << 20), (8, (32 << 20) * 65 // 64)])
+def test_resident_memory_keeps_the_budget(bits: int, states: int, tmp_path: Path) -> None:
+    """Peak resident set of a process, steps, save and load included: the budget and a few buffers."""
+
+    def grew(budget: int) -> int:
+        command = [sys.executable, "-c", RSS, str(budget), str(bits), str(tmp_path)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+    assert grew(8 << 20) < (8 << 20) + (6 << 20)
+    if bits == 32:  # what the measurement sees without pages
+        assert grew(0) > 0.9 * states

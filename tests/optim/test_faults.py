@@ -1,0 +1,210 @@
+"""What may happen to files and processes: kills, full disks, corruption, truncation, two owners."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ops.optim import AdamW, PagingError
+from tests.optim.conftest import EXTENT, Run, assert_equal
+
+ROOT = Path(__file__).parents[2]
+
+
+def paged(folder: Path, n: int = 1 << 16) -> tuple[nn.Parameter, AdamW]:
+    """A parameter whose states take 32 extents, four of them in frames, after a step."""
+    p = nn.Parameter(torch.randn(n))
+    optimizer = AdamW([p], page_budget=4 * EXTENT, extent_bytes=EXTENT, page_dir=folder)
+    step(p, optimizer)
+    return p, optimizer
+
+
+def step(p: nn.Parameter, optimizer: AdamW) -> None:
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def test_kill_9_at_random_moments() -> None:
+    command = [sys.executable, "-m", "tests.optim.crash", "--rounds", "10"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"32 bits: 5 kills, [1-5] checkpoints loaded and right", done.stdout)
+
+
+@pytest.mark.parametrize("damage", ["corrupted", "truncated"])
+def test_damaged_page_file(damage: str, tmp_path: Path) -> None:
+    p, optimizer = paged(tmp_path)
+    file = tmp_path / "lora_ops.pages"
+    optimizer.save_checkpoint(tmp_path / "good")
+    before = optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    if damage == "corrupted":
+        with open(file, "r+b") as f:
+            for extent in range(32):
+                f.seek(extent * EXTENT + 777)
+                byte = f.read(1)[0]
+                f.seek(extent * EXTENT + 777)
+                f.write(bytes([byte ^ 4]))
+    else:
+        os.truncate(file, EXTENT + 5)
+    message = rf"{file}: (extent \d+ .* checksum mismatch|truncated: extent \d+)"
+    with pytest.raises(PagingError, match=message):
+        step(p, optimizer)
+    with pytest.raises(PagingError, match=r"a step was cut short .* load a checkpoint before going on"):
+        step(p, optimizer)
+    with pytest.raises(PagingError, match="a step was cut short"):
+        optimizer.save_checkpoint(tmp_path / "bad")
+    optimizer.load_checkpoint(tmp_path / "good")
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before)
+    step(p, optimizer)
+    optimizer.close()
+
+
+def test_two_owners_of_one_folder(tmp_path: Path) -> None:
+    _, optimizer = paged(tmp_path)
+    code = (
+        "import sys, torch; from lora_ops.optim import AdamW\n"
+        "AdamW([torch.nn.Parameter(torch.ones(3))], page_budget='1MiB', page_dir=sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert f"page_dir: {tmp_path} is in use by process {os.getpid()}, which holds {tmp_path}" in done.stderr
+    with pytest.raises(PagingError, match="is in use by process"):
+        paged(tmp_path)
+    optimizer.close()
+    paged(tmp_path)[1].close()
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PagingError, match=f"page_dir: cannot write in {tmp_path}/file/pages: Not a directory"):
+        paged(tmp_path / "file" / "pages")
+    with pytest.raises(PagingError, match="page_dir: cannot write in /proc/self/pages"):
+        paged(Path("/proc/self/pages"))
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(PagingError, match=f"{tmp_path}/missing/x: cannot write the checkpoint: No such file"):
+        AdamW([p]).save_checkpoint(tmp_path / "missing" / "x")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small tmpfs; run as root with CAP_SYS_ADMIN")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_full_disk(small_disk: Path, tmp_path: Path) -> None:
+    """Before a step has changed anything; and an earlier checkpoint survives a failed one."""
+    p = nn.Parameter(torch.randn(1 << 18))
+    optimizer = AdamW([p], page_budget=4 * EXTENT, extent_bytes=EXTENT, page_dir=small_disk)
+    before = p.detach().clone()
+    with pytest.raises(PagingError, match=rf"{small_disk}/lora_ops.pages: cannot grow to 2097152: No space left .*"):
+        step(p, optimizer)
+    assert torch.equal(p, before)
+    optimizer.close()
+    p, optimizer = paged(tmp_path / "elsewhere", 1 << 15)
+    optimizer.save_checkpoint(small_disk / "x")
+    saved = (small_disk / "x").read_bytes()
+    (small_disk / "filler").write_bytes(bytes(700 << 10))
+    step(p, optimizer)
+    with pytest.raises(PagingError, match=f"{small_disk}/x: cannot write the checkpoint: No space left"):
+        optimizer.save_checkpoint(small_disk / "x")
+    assert (small_disk / "x").read_bytes() == saved
+    assert not (small_disk / "x.partial").exists()
+    optimizer.close()
+
+
+def test_full_disk_by_rlimit(tmp_path: Path) -> None:
+    """The same without a mount: a limit on the size of files, in a process of its own."""
+    code = (
+        "import resource, signal, sys, torch; from lora_ops.optim import AdamW\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))\n"
+        "p = torch.nn.Parameter(torch.randn(1 << 18)); p.grad = torch.randn(1 << 18)\n"
+        "AdamW([p], page_budget=1 << 16, extent_bytes=1 << 14, page_dir=sys.argv[1]).step()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert f"PagingError: {tmp_path}/lora_ops.pages: cannot grow to 2097152: File too large" in done.stderr
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("load_paged", [True, False])
+def test_resume_is_bit_identical(adamw: Callable, bits: int, load_paged: bool, tmp_path: Path) -> None:
+    """Paged → checkpoint → paged or not equals the uninterrupted run, and stays paged."""
+    pages = {"page_budget": 4 * EXTENT, "extent_bytes": EXTENT}
+    whole = Run(adamw(state_bits=bits)).train(20)
+    first = Run(adamw(state_bits=bits, **pages)).train(10)
+    first.optimizer.save_checkpoint(tmp_path / "x", params=True)
+    second = Run(adamw(state_bits=bits, **(pages if load_paged else {})))
+    second.optimizer.load_checkpoint(tmp_path / "x")
+    second.schedule.load_state_dict(first.schedule.state_dict())
+    second.steps = 10
+    assert_equal(second.train(20).tensors(), whole.tensors())
+    if load_paged:
+        stats = second.optimizer.paging_stats()
+        assert stats.peak <= 4 * EXTENT
+        assert bits == 8 or stats.misses > 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing", "other", "header"])
+def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: Callable) -> None:
+    run = Run(adamw()).train(3)
+    file = tmp_path / "x"
+    run.optimizer.save_checkpoint(file, params=True)
+    whole = file.read_bytes()
+    content = {
+        "flipped": whole[:-3000] + bytes([whole[-3000] ^ 1]) + whole[-2999:],
+        "truncated": whole[:-1],
+        "empty": b"",
+        "other": (40).to_bytes(8, "little") + b'{"x": 1}' + b" " * 32,
+        "header": whole.replace(rb"\"lr\": 0.0", rb"\"lr\": 0.1", 1),
+    }.get(damage)
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    run.train(4)
+    before = run.tensors()
+    with pytest.raises(PagingError, match=str(file)):
+        run.optimizer.load_checkpoint(file)
+    assert_equal(run.tensors(), before)
+
+
+def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Callable) -> None:
+    a, b = nn.Parameter(torch.randn(5000)), nn.Parameter(torch.randn(6000))
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    one, other = AdamW([a]), AdamW([b])
+    one.step()
+    other.step()
+    one.save_checkpoint(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"state\.0\.exp_avg: expected 6000 elements, got 5000"):
+        other.load_checkpoint(tmp_path / "x")
+    assert other.state[b]["step"] == 1
+
+
+def test_a_fork_does_not_touch_the_pages(tmp_path: Path) -> None:
+    """Data loaders fork: their exit must not delete the parent's file, and a step there is refused."""
+    p, optimizer = paged(tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            step(p, optimizer)
+        except PagingError as error:
+            optimizer.close()
+            os._exit(7 if "of which this one is a fork" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    step(p, optimizer)
+    optimizer.close()

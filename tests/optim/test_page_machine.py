@@ -1,0 +1,147 @@
+"""The page layer alone against a trivial model: a dictionary of bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lora_ops.optim.errors import PagingError
+from lora_ops.optim.pages import Pager
+from lora_ops.optim.tiers import FileTier
+
+EXTENT = 4096
+
+
+class PageMachine(RuleBasedStateMachine):
+    """Allocate, update, read, overwrite, abandon a pass, reset, damage the file, crash and start again."""
+
+    @initialize(frames=st.integers(1, 6))
+    def start(self, frames: int) -> None:
+        self.folder = tempfile.mkdtemp()
+        self.frames = frames
+        self.open()
+
+    def open(self) -> None:
+        self.pager = Pager(FileTier(self.folder, EXTENT), self.frames)
+        self.model: list[int] = []  # the byte that fills each extent
+        self.damaged = False
+
+    @rule(n=st.integers(1, 7))
+    def allocate(self, n: int) -> None:
+        assert list(self.pager.allocate(n)) == list(range(len(self.model), len(self.model) + n))
+        self.model += [0] * n
+
+    @precondition(lambda self: self.model and not self.damaged)
+    @rule(data=st.data(), byte=st.integers(1, 255), stop_after=st.integers(0, 12))
+    def update(self, data: st.DataObject, byte: int, stop_after: int) -> None:
+        """Add to some extents; the pass may be abandoned between two batches."""
+        extents = self.some(data)
+        seen = []
+        for i, batch in enumerate(sweep := self.pager.sweep(extents)):
+            if i == stop_after:
+                # What the last batch would have brought is unchanged, but may be marked dirty.
+                sweep.close()
+                break
+            for e, frame in batch:
+                assert self.holds(e, frame)
+                frame.add_(byte)
+                self.model[e] = (self.model[e] + byte) % 256
+                seen.append(e)
+        else:
+            assert sorted(seen) == sorted(extents)
+
+    @precondition(lambda self: self.model and not self.damaged)
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        extents = self.some(data)
+        seen = [(e, self.holds(e, frame)) for batch in self.pager.sweep(extents, write=False) for e, frame in batch]
+        assert sorted(seen) == [(e, True) for e in sorted(extents)]
+
+    @precondition(lambda self: self.model and not self.damaged)
+    @rule(data=st.data(), byte=st.integers(0, 255))
+    def overwrite(self, data: st.DataObject, byte: int) -> None:
+        for batch in self.pager.sweep(self.some(data), read=False):
+            for e, frame in batch:
+                frame.fill_(byte)
+                self.model[e] = byte
+
+    @precondition(lambda self: not self.damaged)
+    @rule(keep=st.floats(0, 0.99))
+    def truncate_the_file(self, keep: float) -> None:
+        """Whatever is read afterwards is right, or an error that names the file; never something else."""
+        path = self.pager.tier.path
+        self.settle()
+        os.truncate(path, int(path.stat().st_size * keep))
+        self.damaged = True
+
+    @precondition(lambda self: self.model and self.damaged)
+    @rule()
+    def read_damaged(self) -> None:
+        message, right = str(self.pager.tier.path), True
+        try:
+            for batch in self.pager.sweep(range(len(self.model)), write=False):
+                right &= all(self.holds(e, frame) for e, frame in batch)
+        except PagingError as error:
+            message = str(error)
+        assert right
+        assert str(self.pager.tier.path) in message
+
+    @rule()
+    def reset(self) -> None:
+        """Everything is forgotten; room and frames are kept. A damaged file does not recover its length."""
+        if not self.damaged:
+            self.pager.reset()
+            self.model = []
+
+    @rule()
+    def crash(self) -> None:
+        """As a killed process leaves it: the lock is gone, the file is there. A new pager begins with nothing."""
+        leftover = self.pager.tier.path
+        self.pager.close()
+        leftover.write_bytes(b"left over")
+        self.open()
+
+    @invariant()
+    def budget_holds(self) -> None:
+        if hasattr(self, "pager"):
+            assert self.pager.stats.frames <= self.frames
+            frames = [page.frame.data_ptr() for page in self.pager.table if page.frame is not None]
+            assert len(set(frames)) == len(frames) <= self.frames
+
+    def teardown(self) -> None:
+        if hasattr(self, "pager"):
+            self.pager.close()
+            assert os.listdir(self.folder) == []
+            shutil.rmtree(self.folder)
+
+    def some(self, data: st.DataObject) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(range(len(self.model))), unique=True, min_size=1))
+
+    def holds(self, extent: int, frame: object) -> bool:
+        return bool((frame == self.model[extent]).all())  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Let the background thread finish what it was given."""
+        self.pager.tier._worker.submit(lambda: None).result()
+
+
+TestPageMachine = PageMachine.TestCase
+TestPageMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_one_pass_at_a_time(tmp_path: object) -> None:
+    pager = Pager(FileTier(None, EXTENT), 2)
+    pager.allocate(3)
+    first = pager.sweep([0, 1, 2])
+    next(first)
+    with pytest.raises(PagingError, match="already under way"):
+        next(pager.sweep([0]))
+    first.close()
+    assert [e for batch in pager.sweep([0, 1, 2]) for e, _ in batch]
+    pager.close()
