@@ -113,7 +113,7 @@ def run(todo: Sequence[Task], known: dict[str, Result], *, save: bool = False) -
             results[task.key] = result
             if save and n % 50 == 0:  # an interrupted run goes on from here
                 print(f"{n} of {len(missing)} compiled", file=sys.stderr)
-                record({**known, **results})
+                record({**recorded(), **results})
     return results
 
 
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     known = recorded()
     todo = tasks(modules)
     results = run(todo, {} if "--all" in argv else known, save=True)
-    record({**known, **results} if names else results)
+    record({**recorded(), **results} if names else results)
     if not names:
         TABLE.write_text(table(todo, results))
     bad = failures(todo, results)
