@@ -46,6 +46,29 @@ void nf4_codec(Random& random) {
     FUZZ_CHECK(lora_ops_nf4_dequantize(&weight, begin, end, out.data(), out_dtype, threads) == LORA_OPS_OK);
 }
 
+void nf4_linear(Random& random) {
+    const int dtype = any_dtype(random), w_dtype = any_dtype(random);
+    const int64_t m = random.coin() ? random.integer(0, 9) : random.integer(0, 150);
+    const int64_t n = random.length(400), k = random.length(400), block = any_block_size(random);
+    Matrix w(random, w_dtype, 1, n * k), absmax(random, LORA_OPS_F32, 1, ceil_div(n * k, block));
+    Bytes packed(random, (n * k + 1) / 2);
+    FUZZ_CHECK(lora_ops_nf4_quantize(w.data(), w_dtype, n * k, block, packed.data(), absmax.floats(), 1) ==
+               LORA_OPS_OK);
+    const lora_ops_nf4_weight weight = {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block};
+    Matrix x(random, dtype, m, k), y(random, dtype, m, n), bias(random, dtype, 1, n);
+    Matrix dx = x, y2 = y, dx2 = x, dy = y;
+    void* const b = random.coin() ? bias.data() : nullptr;
+    const auto run = [&](int threads, Matrix& y_, Matrix& dx_) {
+        FUZZ_CHECK(lora_ops_nf4_linear(&weight, n, k, x.data(), m, x.stride, b, y_.data(), y_.stride, dtype, threads) ==
+                   LORA_OPS_OK);
+        FUZZ_CHECK(lora_ops_nf4_linear_dx(&weight, n, k, dy.data(), m, dy.stride, dx_.data(), dx_.stride, dtype,
+                                          threads) == LORA_OPS_OK);
+    };
+    run(1, y, dx);
+    run(static_cast<int>(random.integer(2, 3)), y2, dx2);
+    FUZZ_CHECK(y == y2 && dx == dx2);
+}
+
 void blockwise8(Random& random) {
     const int64_t n = random.length(5000), block = random.length(600);
     const std::vector<float> map = code_map();
@@ -102,7 +125,10 @@ struct Case {
     int64_t calls;
 };
 
-Case cases[] = {{"nf4 codec", nf4_codec, 0}, {"blockwise8", blockwise8, 0}, {"dropout mask", dropout_mask, 0},
+Case cases[] = {{"nf4 codec", nf4_codec, 0},
+                {"nf4 linear", nf4_linear, 0},
+                {"blockwise8", blockwise8, 0},
+                {"dropout mask", dropout_mask, 0},
                 {"lora", lora, 0}};
 
 double seconds() {
