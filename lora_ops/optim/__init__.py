@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_ops.optim.adamw import AdamW
 from lora_ops.optim.aliases import AdamW8bit, PagedAdamW, PagedAdamW8bit
 from lora_ops.optim.errors import PagingError
+from lora_ops.optim.huggingface import trainer_optimizer
 from lora_ops.optim.memory import OptimizerMemory, optimizer_memory
 from lora_ops.optim.stats import PagingStats
 
@@ -17,4 +18,5 @@ __all__ = [
     "PagingError",
     "PagingStats",
     "optimizer_memory",
+    "trainer_optimizer",
 ]

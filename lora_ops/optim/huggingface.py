@@ -1,0 +1,55 @@
+"""The optimizer names of Hugging Face's Trainer, served by `AdamW`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lora_ops.optim.adamw import AdamW
+from lora_ops.optim.aliases import DEFAULT_BUDGET
+
+_BITS = {
+    "adamw": 32,
+    "adamw_32bit": 32,
+    "adamw_8bit": 8,
+    "adamw_bnb_8bit": 8,
+    "adamw_torch": 32,
+    "adamw_torch_fused": 32,
+}
+NAMES = (*_BITS, "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+
+
+def trainer_optimizer(
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    page_budget: int | str | None = None,
+    page_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> tuple[type[AdamW], dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` and TRL's trainers take, for an optimizer name that HF users know.
+
+    Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("paged_adamw_8bit", lr=args.learning_rate)).
+    Weight decay is the trainer's: it makes the groups.
+
+    Args:
+        name: one of `NAMES`. A paged one has a budget of "2GiB" if `page_budget` does not say otherwise.
+        lr, betas, eps: args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon.
+        page_budget, page_dir, kwargs: as for `AdamW`.
+
+    Returns:
+        The class and its keyword arguments.
+
+    Raises:
+        ValueError: if the name is none of `NAMES`.
+    """
+    bits = _BITS.get(name.removeprefix("paged_"))
+    if name not in NAMES or bits is None:
+        raise ValueError(f"optim: expected one of {', '.join(NAMES)}, got {name!r}")
+    chosen: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "state_bits": bits, **kwargs}
+    budget = page_budget or (DEFAULT_BUDGET if name.startswith("paged_") else None)
+    if budget is not None:
+        chosen |= {"page_budget": budget, "page_dir": page_dir}
+    return AdamW, chosen
