@@ -34,6 +34,10 @@ inline __m512i decode32(__m512i table, __m128i packed) {
     return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, codes), table);
 }
 
+inline __m512i decode32(__m512i table, const uint8_t* packed) {
+    return decode32(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+}
+
 // The same where the tensor ends within the 16 bytes.
 inline __m512i decode32(__m512i table, const uint8_t* packed, int64_t n_bytes) {
     const __mmask16 inside = n_bytes >= 16 ? 0xffff : static_cast<__mmask16>((1u << n_bytes) - 1);
@@ -70,15 +74,26 @@ inline bool is_aligned(const Nf4Gemm& g) { return g.k % 64 == 0 && g.w.block_siz
 const uint16_t* decode_span(const Nf4Gemm& g, int64_t begin, int64_t n, uint16_t* out) {
     const int64_t first = begin / 32 * 32, last = begin + n;
     const int64_t n_bytes = (g.n * g.k + 1) / 2;
-    int64_t block = first / g.w.block_size;
+    const bool inside = (last + 31) / 32 * 16 <= n_bytes;
+    int64_t block = first / g.w.block_size, block_end = block * g.w.block_size;
     for (int64_t i = first; i < last; ++block) {
-        const int64_t block_end = lesser((block + 1) * g.w.block_size, last);
+        block_end += g.w.block_size;
+        const int64_t end = lesser(block_end, last);
         const __m512i table = bf16_table(nf4_absmax(g.w, block));
-        for (; i < block_end; i += 32) {
-            _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2, n_bytes - i / 2));
+        if (inside) {
+            for (; i < end; i += 32) _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2));
+        } else {
+            for (; i < end; i += 32) {
+                _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2, n_bytes - i / 2));
+            }
         }
     }
     return out + (begin - first);
+}
+
+// Fetches the line of element i, if there is such an element.
+inline void prefetch(const Nf4Gemm& g, int64_t i) {
+    if (i < g.n * g.k) _mm_prefetch(reinterpret_cast<const char*>(g.w.packed + i / 2), _MM_HINT_T0);
 }
 
 inline void transpose16(__m512i r[16]) {
@@ -187,34 +202,42 @@ struct Bf16Engine {
     static void panel_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         constexpr int64_t kSpan = 256, kRoom = kSpan + 64;
         alignas(64) uint16_t rows[16 * kRoom] = {};
-        for (int64_t k = 0; k < depth; k += kSpan) {
-            const int64_t n = lesser(kSpan, depth - k);
-            for (int vector = 0; vector < kVectors; ++vector) {
+        for (int vector = 0; vector < kVectors; ++vector) {
+            for (int64_t k = 0; k < depth; k += kSpan) {
+                const int64_t n = lesser(kSpan, depth - k);
+                // What comes next: this row's next span but one, or the start of the rows after these 16.
+                const int64_t ahead = begin + k + 2 * kSpan < g.k ? 2 * kSpan : 16 * g.k - begin - k;
                 const uint16_t* row[16];
                 for (int i = 0; i < 16; ++i) {
                     const int64_t at = column + 16 * vector + i;
                     row[i] = rows + i * kRoom;
                     if (at < g.n) {
-                        row[i] = decode_span(g, at * g.k + begin + k, n, rows + i * kRoom);
+                        const int64_t first = at * g.k + begin + k;
+                        prefetch(g, first + ahead);
+                        prefetch(g, first + ahead + 128);
+                        row[i] = decode_span(g, first, n, rows + i * kRoom);
                     } else {
                         memset(rows + i * kRoom, 0, sizeof(uint16_t) * kRoom);
                     }
                 }
-                uint16_t* to = panel + (k * kColumns + 32 * vector);
-                for (int64_t pair = 0; 2 * pair < n; pair += 16) {
-                    __m512i r[16];
-                    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(row[i] + 2 * pair);
-                    transpose16(r);
-                    if (2 * pair + 32 <= n) {
-                        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (pair + i) * 2 * kColumns, r[i]);
-                    } else {
-                        for (int i = 0; 2 * (pair + i) < n; ++i) {
-                            // Of an odd depth's last pair the upper half is none of the sum's.
-                            if (2 * (pair + i) + 1 == n) r[i] = _mm512_and_si512(r[i], _mm512_set1_epi32(0xffff));
-                            _mm512_store_si512(to + (pair + i) * 2 * kColumns, r[i]);
-                        }
-                    }
-                }
+                transpose_span(row, n, panel + k * kColumns + 32 * vector);
+            }
+        }
+    }
+
+    static void transpose_span(const uint16_t* const rows[16], int64_t n, uint16_t* to) {
+        for (int64_t pair = 0; 2 * pair < n; pair += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + 2 * pair);
+            transpose16(r);
+            if (2 * pair + 32 <= n) {
+                for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (pair + i) * 2 * kColumns, r[i]);
+                continue;
+            }
+            for (int i = 0; 2 * (pair + i) < n; ++i) {
+                // Of an odd depth's last pair the upper half is none of the sum's.
+                if (2 * (pair + i) + 1 == n) r[i] = _mm512_and_si512(r[i], _mm512_set1_epi32(0xffff));
+                _mm512_store_si512(to + (pair + i) * 2 * kColumns, r[i]);
             }
         }
     }
@@ -228,7 +251,10 @@ struct Bf16Engine {
             for (int j = 0; j < 2; ++j) {
                 row[j] = rows[j];
                 if (i + j < depth) {
-                    row[j] = decode_span(g, (begin + i + j) * g.k + column, n, rows[j]);
+                    const int64_t first = (begin + i + j) * g.k + column;
+                    prefetch(g, first + kRowsAhead * g.k);
+                    prefetch(g, first + kRowsAhead * g.k + n - 1);
+                    row[j] = decode_span(g, first, n, rows[j]);
                 } else {
                     memset(rows[j], 0, sizeof rows[j]);
                 }
@@ -351,16 +377,23 @@ void dot_any(const Nf4Gemm& g, int64_t column) {
     for (int i = 0; i < m; ++i) sum[i] = _mm512_setzero_ps();
     const BF16* const x = static_cast<const BF16*>(g.a);
     const int64_t begin = column * g.k, end = begin + g.k, n_bytes = (g.n * g.k + 1) / 2;
-    for (int64_t i = begin / 32 * 32; i < end; i += 32) {
-        const __m512i w = decode32(bf16_table(nf4_absmax(g.w, i / g.w.block_size)), g.w.packed + i / 2,
-                                   n_bytes - i / 2);
-        __mmask32 mask = ~__mmask32{0};  // of elements of this row
-        if (i < begin) mask = mask << (begin - i);
-        if (end - i < 32) mask &= (__mmask32{1} << (end - i)) - 1;
-        const __m512bh inside = as_bf16(_mm512_maskz_mov_epi16(mask, w));
-        for (int j = 0; j < m; ++j) {
-            const __m512i a = _mm512_maskz_loadu_epi16(mask, x + j * g.stride_a + (i - begin));
-            sum[j] = _mm512_dpbf16_ps(sum[j], as_bf16(a), inside);
+    int64_t i = begin / 32 * 32, block = i / g.w.block_size, block_end = block * g.w.block_size;
+    const auto add = [&](__m512i w, int j, __m512i a) { sum[j] = _mm512_dpbf16_ps(sum[j], as_bf16(a), as_bf16(w)); };
+    for (; i < end; ++block) {
+        block_end += g.w.block_size;
+        const __m512i table = bf16_table(nf4_absmax(g.w, block));
+        for (; i < lesser(block_end, end); i += 32) {
+            const BF16* const from = x + (i - begin);
+            if (i >= begin && i + 32 <= end) {
+                const __m512i w = decode32(table, g.w.packed + i / 2);
+                for (int j = 0; j < m; ++j) add(w, j, _mm512_loadu_si512(from + j * g.stride_a));
+                continue;
+            }
+            __mmask32 mask = ~__mmask32{0};  // of the elements of this row
+            if (i < begin) mask = mask << (begin - i);
+            if (end - i < 32) mask &= (__mmask32{1} << (end - i)) - 1;
+            const __m512i w = _mm512_maskz_mov_epi16(mask, decode32(table, g.w.packed + i / 2, n_bytes - i / 2));
+            for (int j = 0; j < m; ++j) add(w, j, _mm512_maskz_loadu_epi16(mask, from + j * g.stride_a));
         }
     }
     for (int j = 0; j < m; ++j) write_dot(g, j, column, sum[j]);

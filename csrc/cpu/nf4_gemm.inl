@@ -76,10 +76,12 @@ void panel_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* s
     const int64_t tiles = ceil_div(rows, Engine::kRows);
 
     const int64_t chunks = ceil_div(g.depth, Engine::kDepth);
+    // Panels of nearly equal depth: of 4097 terms not one panel of 4096 and one of 1.
+    const int64_t most_depth = chunks ? ceil_div(ceil_div(g.depth, chunks), 64) * 64 : 0;
     // A product without terms still writes the bias.
     for (int64_t chunk = 0; chunk < (chunks ? chunks : 1); ++chunk) {
-        const int64_t begin = chunk * Engine::kDepth;
-        const int64_t depth = lesser(Engine::kDepth, g.depth - begin);
+        const int64_t begin = chunk * most_depth;
+        const int64_t depth = lesser(most_depth, g.depth - begin);
         if (depth > 0) Engine::panel(g, column, begin, depth, panel);
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
