@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_ops._triton import launch
-from lora_ops.kernels.lora_linear.triton_skinny import Dropout, padded_rank, scalar
+from lora_ops.kernels.lora_linear.triton_skinny import Dropout, scalar
 from lora_ops.kernels.philox.triton_impl import keep_mask
 
-# Ranks of one step, whose operands stand in registers: a longer low-rank term takes several.
-MAX_BLOCK_R = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
+# Ranks of one step, whose operands stand in registers: the smallest that a matrix instruction takes.
+BLOCK_R = 16
 GROUP_M = 8  # blocks of rows that share their columns of W while those are in L2
 
 
@@ -39,7 +39,7 @@ class Tile:
 
 # Bandwidth-bound: 64 accumulator registers a thread, many programs.
 EXPAND_16BIT = Tile(64, 128, 0, 4, 1)
-EXPAND_32BIT = Tile(32, 64, 0, 4, 1)
+EXPAND_32BIT = Tile(32, 32, 0, 4, 1)
 # (128 · 64 + 64 · 128) · 2 bytes = 32 KB a stage: 3 stages fit the 99 KB of sm_89 and sm_120.
 GEMM = Tile(128, 128, 64, 8, 3)
 
@@ -149,7 +149,7 @@ def expand(
         t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
         m, n, r, low.stride(0), low.stride(1),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=min(padded_rank(r), MAX_BLOCK_R[dtype]),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=BLOCK_R,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y
@@ -177,7 +177,7 @@ def lora_gemm(
         m, n, k, r, x.stride(0), w.stride(0), w.stride(1), low.stride(0), low.stride(1),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_R=min(padded_rank(r), MAX_BLOCK_R[x.dtype]), GROUP_M=GROUP_M,
+        BLOCK_R=BLOCK_R, GROUP_M=GROUP_M,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

@@ -54,35 +54,42 @@ class Tile:
 # [block_m, R] would not fit into 64 registers a thread of 4.
 ROWS_16BIT = {
     16: Tile(64, 128, 8, 3),  # (16 + 8) · 3 = 72 KB; 32 KB of x in flight hide 0.8 µs at 4.8 TB/s over 132 SMs
-    32: Tile(64, 64, 8, 3),
+    32: Tile(32, 64, 4, 2),
     64: Tile(64, 32, 8, 4),
     128: Tile(64, 32, 8, 3),
     256: Tile(64, 16, 8, 3),
 }
 COLUMNS_16BIT = {
     16: Tile(64, 128, 4, 3),
-    32: Tile(64, 128, 4, 3),
-    64: Tile(64, 128, 4, 2),
-    128: Tile(32, 128, 8, 2),
-    256: Tile(32, 64, 8, 2),
+    32: Tile(32, 128, 4, 3),
+    64: Tile(64, 64, 4, 2),
+    128: Tile(32, 64, 8, 2),
+    256: Tile(16, 64, 8, 2),
 }
 # block_k is wide because each block of columns writes its own partial T.
 BOTH_16BIT = {
     16: Tile(32, 256, 4, 3),
-    32: Tile(32, 256, 8, 3),
-    64: Tile(32, 256, 8, 2),
+    32: Tile(32, 128, 4, 3),
 }
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
-ROWS_32BIT = {r: Tile(16 if r > 64 else 32, 16, 8 if r == 256 else 4, 2) for r in ROWS_16BIT}
-COLUMNS_32BIT = {r: Tile(16, 16 if r > 64 else 32, 8 if r == 256 else 4, 2) for r in COLUMNS_16BIT}
+ROWS_32BIT = {
+    **dict.fromkeys((16, 32, 64), Tile(32, 16, 4, 2)),
+    128: Tile(16, 16, 4, 2),
+    256: Tile(8, 16, 8, 2),
+}
+COLUMNS_32BIT = {
+    **dict.fromkeys((16, 32, 64), Tile(16, 32, 4, 2)),
+    128: Tile(16, 16, 4, 2),
+    256: Tile(16, 16, 8, 2),
+}
 
 
 def reads_once(dtype: torch.dtype, r: int) -> bool:
     """Whether `reduce_both` serves; else `reduce_rows` and `reduce_columns` read the activation once each.
 
-    Above rank 64 the partial sums, R · 8 · (1 / block_k + 1 / rows of a split) bytes an element, outweigh the second
-    read's 2 bytes.
+    It pays up to rank 32: partial sums take R · 8 · (1 / block_k + 1 / rows of a split) bytes an element, within L2 as
+    long as they are young, the second read 2 bytes from DRAM. Above, the tile of B no longer fits the registers.
     """
     return dtype != torch.float32 and padded_rank(r) in BOTH_16BIT
 
