@@ -332,7 +332,7 @@ def reduce_columns(
         DROPOUT=dropout.on, SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
     )  # fmt: skip
     g = add_partials(partial, dtype, scale, dropout.keep_scale)
-    return g, None if sums is None else add_partials(sums, sum_dtype)
+    return g, None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
 
 
 def reduce_both(
@@ -363,5 +363,5 @@ def reduce_both(
         x, b, s, t, g, sums, m, k, r, x.stride(0), b.stride(0), b.stride(1), per_split,
         SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
     )  # fmt: skip
-    total = None if sums is None else add_partials(sums, sum_dtype)
+    total = None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
     return add_partials(t, torch.float32), add_partials(g, dtype, scale), total

@@ -57,7 +57,7 @@ class Tile:
 GEMM_16BIT = {
     16: Tile(16, 64, 64, 4, 4),
     32: Tile(32, 64, 64, 4, 4),
-    64: Tile(64, 64, 64, 4, 3),
+    64: Tile(64, 64, 64, 8, 3),
     128: Tile(128, 64, 64, 8, 3),
 }
 # Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
