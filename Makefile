@@ -28,7 +28,7 @@ format: $(VENV)/.test ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test ## time every op against dense torch, PEFT and bitsandbytes; writes bench/results/
+bench: $(VENV)/.bench ## time every op against dense torch, PEFT, bitsandbytes and torchao; writes bench/results/
 	$(BIN)/python -m bench $(ARGS)
 
 faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
@@ -54,7 +54,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An editable install of the checkout with the extra of the same name; again when the build files or csrc change.
-$(VENV)/.train $(VENV)/.test: $(VENV)/.%: pyproject.toml setup.py constraints.txt $(CSRC) | $(BIN)/python
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml setup.py constraints.txt $(CSRC) | $(BIN)/python
 	@echo "installing lora_ops[$*] into $(VENV) (a minute or two the first time)"
 	$(PIP) --editable ".[$*]"
 	@touch $@

@@ -20,6 +20,7 @@ COLOURS = {
     "lora_ops reference": "#e9967a",
     "bitsandbytes": "#1d6fb8",
     "bitsandbytes eval": "#7fb3dd",
+    "torchao": "#6f4fa0",
     "PEFT": "#2a9d5c",
     "PEFT + bitsandbytes": "#1d6fb8",
     "eager PEFT formula": "#8fce9f",

@@ -1,7 +1,7 @@
-"""The others, over the same operands as ours: bitsandbytes, PEFT, and LoRA written with addmm.
+"""The others, over the same operands as ours: bitsandbytes, PEFT, torchao, and LoRA written with addmm.
 
 bitsandbytes' layers repack themselves at their first forward in eval mode on the CPU, so every contender gets a layer
-of its own; weights are built from our bytes, which are theirs too.
+of its own; weights are built from our bytes, which are theirs too. torchao's NF4 is a format of its own.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def bnb_linear(q: NF4Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Modu
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return layer.train()
+
+
+def torchao_nf4(weight: Tensor) -> Any:
+    """torchao's NF4 tensor of a weight; its codes and scales are not bitsandbytes'."""
+    return load("torchao.quantization").to_nf4(weight, block_size=64, scaler_block_size=256)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

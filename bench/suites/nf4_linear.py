@@ -1,15 +1,16 @@
-"""y = x Wᵀ and dX over an NF4 weight, against dense torch on the weight rounded to x's dtype and bitsandbytes."""
+"""y = x Wᵀ and dX over an NF4 weight, against dense torch on the rounded weight, bitsandbytes and torchao."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import Comparison, Contender, Unavailable
-from bench.peers import bnb_linear, load
+from bench.peers import bnb_linear, load, torchao_nf4
 from bench.plan import Plan
 from bench.suites.common import Judge, no_grad, ours, tensor_bytes
 from lora_ops.functional import nf4_linear
@@ -55,14 +56,26 @@ def _forward(plan: Plan, i: LinearInputs) -> Comparison:
         layer = bnb_linear(i.nf4, None, i.x.dtype).eval()
         return contender(lambda: layer(i.x), i.nf4.nbytes)
 
+    def torchao() -> Contender:
+        q, own = _torchao(i)
+        run = no_grad(lambda: F.linear(i.x, q))
+        return Contender(run, lambda: own.wrong({"y": run()}), i.nf4.nbytes + tensor_bytes(i.x, i.dy))
+
     makers = {
         **ours(plan, lora_ops),
         "dense": dense,
         "bitsandbytes": bitsandbytes,
         "bitsandbytes eval": bitsandbytes_eval,
+        "torchao": torchao,
     }
     c = i.case
     return Comparison("nf4_linear", "", c.m, c.n, c.k, 2.0 * c.m * c.n * c.k, "dense", makers)
+
+
+def _torchao(i: LinearInputs) -> tuple[Tensor, Judge]:
+    """torchao's tensor of the same weight, and a judge that takes the values which that tensor holds for the truth."""
+    q = torchao_nf4(rounded_weight(i.nf4, i.x.dtype))
+    return q, Judge(replace(i, weight=q.get_original_weight()))
 
 
 def _repacks() -> bool:
@@ -98,6 +111,11 @@ def _dx(plan: Plan, i: LinearInputs) -> Comparison:
         layer = bnb_linear(i.nf4, None, i.x.dtype)
         return contender(layer, i.nf4.nbytes)
 
-    makers = {**ours(plan, lora_ops), "dense": dense, "bitsandbytes": bitsandbytes}
+    def torchao() -> Contender:
+        q, own = _torchao(i)
+        theirs = contender(lambda x: F.linear(x, q), i.nf4.nbytes)
+        return replace(theirs, check=lambda: own.wrong({"dx": theirs.run()}))
+
+    makers = {**ours(plan, lora_ops), "dense": dense, "bitsandbytes": bitsandbytes, "torchao": torchao}
     c = i.case
     return Comparison("nf4_linear_dx", "", c.m, c.n, c.k, 2.0 * c.m * c.n * c.k, "dense", makers)
