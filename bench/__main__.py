@@ -36,11 +36,22 @@ QUICK = Plan(
     effort=Effort(min_rounds=3, max_rounds=20, seconds=0.1, warmup=1),
 )
 
+WIDE = Plan(
+    shapes=((4096, 4096), (14336, 4096), (4096, 14336), (2048, 5632), (4095, 4097)),
+    tokens=(1, 4, 16, 64, 128, 2048),
+    lora_shapes=((2048, 2048), (4096, 4096)),
+    ranks=(16, 64),
+    adapter_dtypes=(torch.bfloat16,),
+    effort=Effort(min_rounds=5, max_rounds=100, seconds=2.0),
+)
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes, seconds instead of minutes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small shapes, seconds instead of minutes")
+    size.add_argument("--wide", action="store_true", help="more shapes and ranks")
     parser.add_argument("--shapes", type=_shapes, help="N x K of the weights, as in 4096x4096,14336x4096")
     parser.add_argument("--tokens", type=_numbers, help="values of M for nf4_linear, as in 1,8,64")
     parser.add_argument("--lora-tokens", type=_numbers, help="values of M for lora_linear")
@@ -71,7 +82,7 @@ def _ops(text: str) -> tuple[str, ...]:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that the command line asks for."""
-    plan = QUICK if args.quick else Plan()
+    plan = QUICK if args.quick else WIDE if args.wide else Plan()
     if args.shapes:
         plan = replace(plan, shapes=args.shapes, lora_shapes=args.shapes)
     if args.tokens:

@@ -25,7 +25,8 @@ class Plan:
         device: "cpu" or "cuda".
         shapes: (N, K) of the weights of the codec and nf4_linear.
         tokens: values of M for nf4_linear.
-        lora_shapes, lora_tokens, rank: the same for lora_linear.
+        lora_shapes, lora_tokens, ranks: the same for lora_linear.
+        generation_tokens: of its forward without autograd.
         adapter_dtypes: of lora_a and lora_b; float32 is what PEFT makes of them by default.
         dtype: of the activations.
         backends: of lora_ops, each a contender of its own; "auto" is the library's own choice.
@@ -37,7 +38,8 @@ class Plan:
     tokens: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
     lora_shapes: tuple[tuple[int, int], ...] = ((2048, 2048),)
     lora_tokens: tuple[int, ...] = (2048,)
-    rank: int = 16
+    ranks: tuple[int, ...] = (16,)
+    generation_tokens: tuple[int, ...] = (1,)
     adapter_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     dtype: torch.dtype = torch.bfloat16
     backends: tuple[str, ...] = ("auto",)

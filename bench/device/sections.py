@@ -36,7 +36,7 @@ DRY_PLAN = Plan(
     tokens=(1, 5),
     lora_shapes=((64, 96),),
     lora_tokens=(5,),
-    rank=4,
+    ranks=(4,),
     effort=Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup=0),
 )
 

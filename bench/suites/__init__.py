@@ -14,4 +14,5 @@ SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {
     "nf4_linear": nf4_linear.forward,
     "nf4_linear_dx": nf4_linear.dx,
     "lora_linear": lora_linear.forward_backward,
+    "lora_generation": lora_linear.generation,
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bench.measure import Comparison, Contender
 from bench.peers import eager_lora, given_dropout, lora_by_addmm, peft_layer
 from bench.plan import Plan
-from bench.suites.common import Judge, ours, tensor_bytes
-from lora_ops.functional import lora_linear
+from bench.suites.common import Judge, no_grad, ours, tensor_bytes
+from lora_ops.functional import lora_linear, nf4_linear
 from tests.cases import LinearCase, LinearInputs, rounded_weight
 
 DROPOUTS = (0.0, 0.05)
@@ -24,10 +24,41 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def forward_backward(plan: Plan) -> Iterator[Comparison]:
     """Dense and NF4, each adapter dtype, with and without dropout."""
-    for (n, k), m in itertools.product(plan.lora_shapes, plan.lora_tokens):
+    for (n, k), m, r in itertools.product(plan.lora_shapes, plan.lora_tokens, plan.ranks):
         for weight, adapter, p in itertools.product(("dense", "nf4"), plan.adapter_dtypes, DROPOUTS):
-            case = LinearCase(m, n, k, plan.rank, plan.dtype, weight=weight, adapter_dtype=adapter, dropout_p=p)
+            case = LinearCase(m, n, k, r, plan.dtype, weight=weight, adapter_dtype=adapter, dropout_p=p)
             yield _comparison(plan, case.inputs(plan.device))
+
+
+def generation(plan: Plan) -> Iterator[Comparison]:
+    """The forward without autograd over an NF4 weight, as in generation; the baseline is nf4_linear."""
+    for (n, k), m, r in itertools.product(plan.lora_shapes, plan.generation_tokens, plan.ranks):
+        case = LinearCase(m, n, k, r, plan.dtype, weight="nf4", adapter_dtype=plan.dtype)
+        yield _generation(plan, case.inputs(plan.device))
+
+
+def _generation(plan: Plan, i: LinearInputs) -> Comparison:
+    c, judge, (a, b) = i.case, Judge(i), i.adapter()
+    least = i.nf4.nbytes + tensor_bytes(i.x, i.dy, a, b)
+
+    def contender(run: Callable[[], Tensor]) -> Contender:
+        run = no_grad(run)
+        return Contender(run, lambda: judge.wrong({"y": run()}), least)
+
+    def lora_ops() -> Contender:
+        return contender(lambda: lora_linear(i.x, i.nf4, a, b, scale=c.scale))
+
+    def without() -> Contender:
+        # The yardstick: bench/suites/nf4_linear.py checks it.
+        return Contender(no_grad(lambda: nf4_linear(i.x, i.nf4)), lambda: None, i.nf4.nbytes + tensor_bytes(i.x, i.dy))
+
+    def peft() -> Contender:
+        layer = peft_layer(i)
+        return contender(lambda: layer(i.x))
+
+    makers = {**ours(plan, lora_ops), "nf4_linear": without, "PEFT + bitsandbytes": peft}
+    flops = 2.0 * c.m * (c.n * c.k + c.r * (c.n + c.k))
+    return Comparison("lora_generation", f"r={c.r}", c.m, c.n, c.k, flops, "nf4_linear", makers, c.r)
 
 
 def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
@@ -103,6 +134,6 @@ def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
     if not c.dropout_p:
         makers["addmm by hand"] = addmm
     adapter = str(c.adapter_dtype).removeprefix("torch.")
-    variant = f"{c.weight}, p={c.dropout_p:g}, {adapter} adapter"
+    variant = f"{c.weight}, r={r}, p={c.dropout_p:g}, {adapter} adapter"
     flops = 4.0 * m * n * k + 6.0 * m * r * (n + k)
     return Comparison("lora_linear", variant, m, n, k, flops, "frozen dense", makers, r)
