@@ -110,14 +110,17 @@ def _checks(run: Run) -> list[str]:
         return []
     lines = [
         "",
-        "### Checks against float64",
+        "### Checks",
+        "",
+        "Against float64; *captured*: replays of a CUDA graph on changed operands, bitwise against eager calls.",
         "",
         "| op | backend | right | wrong | declined |",
         "|---|---|---|---|---|",
     ]
     tally: dict[tuple[str, str], dict[str, int]] = {}
     for check in run.checks:
-        counts = tally.setdefault((check["op"], check["backend"]), {"ok": 0, "wrong": 0, "declined": 0})
+        op = f"{check['op']}, captured" if check["captured"] else check["op"]
+        counts = tally.setdefault((op, check["backend"]), {"ok": 0, "wrong": 0, "declined": 0})
         counts[check["status"]] += 1
     lines += [f"| {op} | {b} | {n['ok']} | {n['wrong']} | {n['declined']} |" for (op, b), n in tally.items()]
     reasons = [c for c in run.checks if c["status"] != "ok"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import clock_for
-from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, with_backends
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, cuda_works, with_backends
 from bench.environment import traceback_text
 from bench.files import write_json
 from bench.report import run_from_dict
@@ -53,7 +53,7 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
         except Exception:
             progress.run.failures.append({"section": name, "reason": traceback_text()})
             print(f"[{name}] FAILED\n{traceback_text()}", flush=True)
-            broken = not dry and not _cuda_works()
+            broken = not dry and not cuda_works()
         progress.done.append(name)
         progress.current = ""
         write_json(path, asdict(progress))
@@ -63,12 +63,3 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
             torch.cuda.empty_cache()
     write_json(path, asdict(progress))
     return 0
-
-
-def _cuda_works() -> bool:
-    try:
-        torch.cuda.synchronize()
-        torch.ones(1, device="cuda").add_(1).item()
-    except RuntimeError:
-        return False
-    return True

@@ -16,6 +16,7 @@ from bench.ceilings import Ceilings, measure_ceilings
 from bench.clocks import Clock
 from bench.device.checks import CHECKS, Check
 from bench.device.discover import backends_of, registered_ops
+from bench.device.graphs import CAPTURES, SYNCHRONIZES
 from bench.environment import exception_line
 from bench.measure import Run, measure, one_line
 from bench.plan import Effort, Plan
@@ -93,8 +94,21 @@ def _ceilings(context: Context) -> Iterator[str]:
     yield ", ".join(f"{name} {value:.3g}" for name, value in context.run.ceilings.items())
 
 
-def _checking(cases: dict[str, Check], ops: list[Op]) -> Section:
-    """Check ops that share their cases (a forward and its backward) on every backend that has them."""
+def cuda_works() -> bool:
+    """Whether the process can still use its GPU: after an illegal address, or a failed capture, it may not."""
+    try:
+        torch.cuda.synchronize()
+        torch.rand(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _checking(cases: dict[str, Check], ops: list[Op], *, captured: bool = False) -> Section:
+    """Check ops that share their cases (a forward and its backward) on every backend that has them.
+
+    Captured in a graph the fast backends are checked, which are what a GPU runs.
+    """
 
     def run(context: Context) -> Iterator[str]:
         device, lead = context.plan.device, ops[0]
@@ -102,17 +116,19 @@ def _checking(cases: dict[str, Check], ops: list[Op]) -> Section:
             if unavailable:
                 context.run.notes.append(f"- {lead.name} on {backend}: not available: {unavailable}")
                 continue
+            if captured and backend == "reference" and not context.dry:
+                continue
             for number, (case, check) in enumerate(cases.items()):
-                if context.dry and number % 7:
+                if context.dry and not captured and number % 7:
                     continue
                 status, reason = _judge(backend, device, check)
                 record = {"op": lead.name, "backend": backend, "case": case, "status": status, "reason": reason}
-                context.run.checks.append(record)
+                context.run.checks.append(record | {"captured": captured})
                 yield f"on {backend}, {case}: {status} {reason}"
-                if device == "cuda":
-                    torch.cuda.synchronize()  # raises if the case broke the context; then the section ends here
+                if device == "cuda" and status == "wrong" and not cuda_works():
+                    raise RuntimeError(f"the GPU does not work any more after {case}")
 
-    run.__doc__ = f"{', '.join(op.name for op in ops)} against float64."
+    run.__doc__ = f"{', '.join(op.name for op in ops)} against {'eager, from a CUDA graph' if captured else 'float64'}."
     return run
 
 
@@ -129,11 +145,16 @@ def _judge(backend: str, device: str, check: Check) -> tuple[str, str]:
 
 @section("unchecked")
 def _unchecked(context: Context) -> Iterator[str]:
-    """Say which registered ops have no check here."""
+    """Say which registered ops have no check here, and which cannot be captured."""
     for op in registered_ops():
         if op.name not in CHECKS:
             context.run.notes.append(f"- {op.name}: registered, but bench/device/checks.py has no check of it")
             yield f"{op.name} has no check"
+        if op.name in SYNCHRONIZES:
+            context.run.notes.append(f"- {op.name} cannot be captured in a CUDA graph: it {SYNCHRONIZES[op.name]}")
+        elif op.name not in CAPTURES:
+            context.run.notes.append(f"- {op.name}: registered, but bench/device/graphs.py does not capture it")
+            yield f"{op.name} is not captured"
 
 
 def _timing(op: str) -> Section:
@@ -156,12 +177,13 @@ def _weight(name: str) -> tuple[bool, bool]:
 
 def _register() -> None:
     """One section a group of checks, so that a kernel that breaks the process costs no other op its checks."""
-    groups: dict[int, list[Op]] = {}
-    for op in sorted(registered_ops(), key=lambda op: _weight(op.name)):
-        if op.name in CHECKS:
-            groups.setdefault(id(CHECKS[op.name]), []).append(op)
-    for ops in groups.values():
-        section(f"check {ops[0].name}")(_checking(CHECKS[ops[0].name], ops))
+    for verb, table in (("check", CHECKS), ("capture", CAPTURES)):
+        groups: dict[int, list[Op]] = {}
+        for op in sorted(registered_ops(), key=lambda op: _weight(op.name)):
+            if op.name in table:
+                groups.setdefault(id(table[op.name]), []).append(op)
+        for ops in groups.values():
+            section(f"{verb} {ops[0].name}")(_checking(table[ops[0].name], ops, captured=verb == "capture"))
     for op_name in sorted(SUITES, key=_weight):
         section(f"time {op_name}")(_timing(op_name))
 
