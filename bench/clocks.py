@@ -44,7 +44,8 @@ class CudaClock:
     and the GPU is kept busy while the host enqueues, so that the time is the GPU's and not the launches'.
     """
 
-    BUSY_CYCLES = 1_000_000  # about 0.5 ms at 1.8 GHz: longer than it takes to enqueue one op's kernels
+    CYCLES_PER_S = 2e9
+    MAX_BUSY_S = 0.02
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
@@ -52,9 +53,10 @@ class CudaClock:
 
     def interleave(self, runs: Runs, effort: Effort) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(effort.warmup + 1):
+        for _ in range(effort.warmup):
             for run in runs.values():
                 run()
+        busy = {name: self._busy_cycles(run) for name, run in runs.items()}
         torch.cuda.synchronize()
         end = time.perf_counter() + effort.seconds
         rounds = 0
@@ -62,7 +64,7 @@ class CudaClock:
             for name, run in runs.items():
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self._flush.zero_()
-                torch.cuda._sleep(self.BUSY_CYCLES)
+                torch.cuda._sleep(busy[name])
                 start.record()
                 run()
                 stop.record()
@@ -70,6 +72,16 @@ class CudaClock:
                 times[name].append(start.elapsed_time(stop) / 1e3)
             rounds += 1
         return times
+
+    def _busy_cycles(self, run: Callable[[], object]) -> int:
+        """Longer than the host takes to enqueue the call, which PEFT's forward and backward does for a millisecond."""
+        times = []
+        for _ in range(2):  # the first may compile, and allocate
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return int(self.CYCLES_PER_S * min(1.5 * min(times) + 2e-4, self.MAX_BUSY_S))
 
 
 def clock_for(device: str) -> Clock:

@@ -27,6 +27,7 @@ from dataclasses import asdict
 
 import torch
 
+from bench.device.aims import judge
 from bench.device.child import load_progress, run_sections
 from bench.device.sections import SECTIONS, Progress
 from bench.environment import command_line, describe, slug
@@ -34,7 +35,7 @@ from bench.files import write_json
 from bench.measure import Run
 from bench.report import write_report
 
-SILENCE_S = 150.0  # without a sign of life a section hangs: the largest comparison takes well under a minute
+SILENCE_S = 120.0  # without a sign of life a section hangs: the largest comparison takes well under a minute
 GRACE_S = 30.0  # beyond the budget, for the piece of work in hand
 
 
@@ -66,9 +67,7 @@ def supervise(args: argparse.Namespace, folder: Path, about: dict) -> Run:
         write_json(path, asdict(Progress(Run(about.get("gpu") or "dry run on the CPU"))))
         left = list(args.sections)
         while left and time.time() < deadline:
-            status = _run_child(
-                args, left, path, deadline, lambda: write_report(folder, about, [load_progress(path).run])
-            )
+            status = _run_child(args, left, path, deadline, lambda: _report(folder, about, load_progress(path).run))
             progress = load_progress(path)
             if status and progress.current:
                 # It ended inside a section, without the chance to say why.
@@ -83,9 +82,14 @@ def supervise(args: argparse.Namespace, folder: Path, about: dict) -> Run:
             left = [name for name in left if name not in progress.done and name not in progress.skipped]
         run = load_progress(path).run
         skipped = [*load_progress(path).skipped, *left]
-        run.notes += [f"- {name}: not run, the budget of {args.budget:g} s was spent" for name in skipped]
-    write_report(folder, about, [run])
+        run.notes += [f"- {name}: not run, its share of the {args.budget:g} s was spent" for name in skipped]
+    _report(folder, about, run)
     return run
+
+
+def _report(folder: Path, about: dict, run: Run) -> None:
+    run.aims = judge(run.rows)
+    write_report(folder, about, [run])
 
 
 def _run_child(
@@ -144,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     for check in run.checks:
         if check["status"] == "wrong":
             print(f"WRONG {check['op']} on {check['backend']}, {check['case']}: {check['reason']}")
+    for aim in run.aims:
+        worst = "" if aim["worst"] is None else f", worst {aim['worst']:.3g}"
+        print(f"{aim['verdict'].upper()} {aim['aim']}: {aim['limit']}{worst}")
     for row in run.rows:
         if row.bad:
             print(f"{row.status.upper()} {row.where}: {row.reason}")

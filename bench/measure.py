@@ -183,6 +183,7 @@ class Run:
     checks: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    aims: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bad(self) -> bool:

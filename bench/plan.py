@@ -28,6 +28,8 @@ class Plan:
         lora_shapes, lora_tokens, ranks: the same for lora_linear.
         generation_tokens: of its forward without autograd.
         adapter_dtypes: of lora_a and lora_b; float32 is what PEFT makes of them by default.
+        dropouts: probabilities of lora_linear.
+        routes: whether each route of lora_linear over a dense weight is a contender of its own.
         dtype: of the activations.
         backends: of lora_ops, each a contender of its own; "auto" is the library's own choice.
         effort: how long each comparison is timed.
@@ -41,6 +43,8 @@ class Plan:
     ranks: tuple[int, ...] = (16,)
     generation_tokens: tuple[int, ...] = (1,)
     adapter_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    dropouts: tuple[float, ...] = (0.0, 0.05)
+    routes: bool = False
     dtype: torch.dtype = torch.bfloat16
     backends: tuple[str, ...] = ("auto",)
     effort: Effort = Effort()

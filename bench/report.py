@@ -62,6 +62,7 @@ def markdown(about: dict[str, Any], runs: Sequence[Run], charts: Iterable[str]) 
                 f"{c['fp32_flops_per_s'] / 1e9:,.0f} in float32."
             )
         lines += _failures(run)
+        lines += _aims(run)
         lines += _checks(run)
         for op, rows in itertools.groupby(run.rows, key=lambda row: row.op):
             lines += ["", f"### {op}", "", *_table(list(rows))]
@@ -102,6 +103,17 @@ def _failures(run: Run) -> list[str]:
     lines: list[str] = []
     for failure in run.failures:
         lines += ["", f"**FAILED: {failure['section']}**", "", "```", failure["reason"].strip(), "```"]
+    return lines
+
+
+def _aims(run: Run) -> list[str]:
+    if not run.aims:
+        return []
+    lines = ["", "### Aims", "", "| aim | limit | worst | of rows | verdict | where |", "|---|---|---|---|---|---|"]
+    for aim in run.aims:
+        worst = "" if aim["worst"] is None else f"{aim['worst']:.3g}"
+        verdict = f"**{aim['verdict']}**" if aim["verdict"] == "missed" else aim["verdict"]
+        lines.append(f"| {aim['aim']} | {aim['limit']} | {worst} | {aim['rows']} | {verdict} | {aim['where']} |")
     return lines
 
 

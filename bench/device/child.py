@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import clock_for
-from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, cuda_works, with_backends
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, SHARES, Context, Progress, cuda_works, with_backends
 from bench.environment import traceback_text
 from bench.files import write_json
 from bench.report import run_from_dict
@@ -29,16 +29,22 @@ def load_progress(path: Path) -> Progress:
     return Progress(run_from_dict(data["run"]), data["current"], data["done"], data["skipped"])
 
 
+def section_end(now: float, deadline: float, shares: Sequence[float]) -> float:
+    """When the first of the sections that are left must stop, if each is to have its share of the time."""
+    return now + (deadline - now) * shares[0] / sum(shares) if deadline < float("inf") else deadline
+
+
 def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool) -> int:
     """Run sections in order, adding to the progress in `path`; answers the exit status."""
     progress = load_progress(path)
     context: Context | None = None
-    for name in names:
+    for index, name in enumerate(names):
         if time.time() > deadline:
             progress.skipped.append(name)
             continue
         progress.current = name
         write_json(path, asdict(progress))
+        until = section_end(time.time(), deadline, [SHARES.get(n, 1.0) for n in names[index:]])
         broken = False
         try:
             if context is None:
@@ -47,7 +53,7 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
             for what in SECTIONS[name](context):
                 print(f"[{name}] {what}", flush=True)
                 write_json(path, asdict(progress))
-                if time.time() > deadline:
+                if time.time() > until:
                     progress.skipped.append(f"the rest of {name}")
                     break
         except Exception:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.measure import OURS, Contender, Unavailable
 from bench.plan import Plan
 from lora_ops import BackendError, trace, use_backend
+from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import NF4Tensor
 from tests.cases import LinearInputs, errors, run_torch, truth
 from tests.tolerance import Truth
@@ -71,6 +72,28 @@ def _on_backend(backend: str, make: Callable[[], Contender]) -> Contender:
 
     outer.check = check
     return outer
+
+
+def on_route(make: Callable[[], Contender], **changes: int) -> Callable[[], Contender]:
+    """Our contender with these fields of Crossovers, so that it takes the route that they lead to."""
+
+    def within(fn: Callable[[], T]) -> T:
+        with force(**changes):
+            return fn()
+
+    def contender() -> Contender:
+        inner = within(functools.partial(_on_backend, "auto", make))
+        outer = Contender(lambda: within(inner.run), inner.check, inner.bytes)
+
+        def check() -> str | None:
+            wrong = within(inner.check)
+            outer.note = inner.note
+            return wrong
+
+        outer.check = check
+        return outer
+
+    return contender
 
 
 def no_grad(fn: Callable[[], Tensor]) -> Callable[[], Tensor]:

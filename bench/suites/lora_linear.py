@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import Comparison, Contender
+from bench.measure import OURS, Comparison, Contender
 from bench.peers import eager_lora, given_dropout, lora_by_addmm, peft_layer
 from bench.plan import Plan
-from bench.suites.common import Judge, no_grad, ours, tensor_bytes
+from bench.suites.common import Judge, no_grad, on_route, ours, tensor_bytes
 from lora_ops.functional import lora_linear, nf4_linear
 from tests.cases import LinearCase, LinearInputs, rounded_weight
 
-DROPOUTS = (0.0, 0.05)
+# What crossovers.force is told so that a dense weight takes this route.
+ROUTES = {"K-step": {"kstep_min_m": 0}, "β=1": {"kstep_min_m": 2**62}}
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def forward_backward(plan: Plan) -> Iterator[Comparison]:
     """Dense and NF4, each adapter dtype, with and without dropout."""
     for (n, k), m, r in itertools.product(plan.lora_shapes, plan.lora_tokens, plan.ranks):
-        for weight, adapter, p in itertools.product(("dense", "nf4"), plan.adapter_dtypes, DROPOUTS):
+        for weight, adapter, p in itertools.product(("dense", "nf4"), plan.adapter_dtypes, plan.dropouts):
             case = LinearCase(m, n, k, r, plan.dtype, weight=weight, adapter_dtype=adapter, dropout_p=p)
             yield _comparison(plan, case.inputs(plan.device))
 
@@ -126,7 +127,10 @@ def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
     def addmm() -> Contender:
         return contender(lora_by_addmm(i), i.weight.nbytes)
 
-    makers: dict[str, Callable[[], Contender]] = {**ours(plan, lora_ops), "frozen dense": frozen}
+    makers: dict[str, Callable[[], Contender]] = ours(plan, lora_ops)
+    if plan.routes and c.weight == "dense":
+        makers |= {f"{OURS} {route}": on_route(lora_ops, **changes) for route, changes in ROUTES.items()}
+    makers["frozen dense"] = frozen
     if c.weight == "dense":
         makers |= {"PEFT": peft, "eager PEFT formula": eager}
     else:

@@ -171,6 +171,33 @@ def test_sections_after_the_deadline_are_skipped(tmp_path: Path) -> None:
     assert child.load_progress(path).skipped == ["ceilings"]
 
 
+def test_a_section_that_takes_its_share_leaves_the_others_theirs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(child.time, "time", lambda: now[0])
+
+    def working(seconds: float):
+        def run(context: sections.Context):
+            for piece in range(100):
+                now[0] += seconds
+                context.run.notes.append(f"{seconds:g}")
+                yield str(piece)
+
+        return run
+
+    for name, seconds, share in (("slow", 10.0, 1.0), ("quick", 0.1, 3.0), ("last", 10.0, 1.0)):
+        monkeypatch.setitem(sections.SECTIONS, name, working(seconds))
+        monkeypatch.setitem(sections.SHARES, name, share)
+    path = tmp_path / "progress.json"
+    write_json(path, asdict(sections.Progress(Run("test"))))
+    assert child.run_sections(["slow", "quick", "last"], path, deadline=1500.0, dry=True) == 0
+    progress = child.load_progress(path)
+    assert progress.skipped == ["the rest of slow", "the rest of last"]
+    # 500 s: a fifth for the first; the second needs 10 s, so the last has all that is left.
+    assert {name: progress.run.notes.count(name) for name in ("10", "0.1")} == {"10": 11 + 39, "0.1": 100}
+
+
 def test_discovery_finds_the_ops_and_their_backends() -> None:
     ops = {op.name: op for op in registered_ops()}
     assert set(CHECKS) <= set(ops)
