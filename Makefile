@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench native sanitize clean
+.PHONY: help demo test lint format bench faults triton native sanitize clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,14 @@ bench: $(VENV)/.bench ## time every op against dense torch, PEFT, bitsandbytes a
 
 faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
 	$(BIN)/python -m tests.optim.crash --rounds 200
+
+# The oldest Triton that is supported, beside the installed one and not in its place.
+TRITON ?= 3.6.0
+triton: $(VENV)/.test ## test and compile the Triton kernels with TRITON=3.6.0, or another version (5 minutes)
+	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/gpu_proof/test_interpreted.py tests/gpu_proof/test_decode_ptx.py $(ARGS)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m tests.gpu_proof.gate --sample
 
 native: $(VENV)/.test ## build the C++ kernels in place
 	$(BIN)/python setup.py --quiet build_ext --inplace

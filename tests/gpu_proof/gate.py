@@ -3,6 +3,7 @@
     python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.md and .json
     python -m tests.gpu_proof.gate nf4_codec    # only the ops named; writes their results to the .json alone
     python -m tests.gpu_proof.gate --all        # trust no recorded result
+    python -m tests.gpu_proof.gate --sample     # every kernel once a chip and every 16th launch, anew; writes nothing
 
 No GPU is needed. The launchers run on meta tensors, so signatures, alignment and options are those that a GPU would
 see. The .json records results by fingerprint (source, signature, options, Triton, these rules): what stands there need
@@ -117,6 +118,14 @@ def run(todo: Sequence[Task], known: dict[str, Result], *, save: bool = False) -
     return results
 
 
+def sample(todo: Sequence[Task]) -> list[Task]:
+    """The first launch of every kernel on every chip, and every 16th of all."""
+    firsts: dict[tuple[str, str, str], Task] = {}
+    for t in todo:
+        firsts.setdefault((t.module, _shipped(t.module)[t.index].kernel, t.chip), t)
+    return list(dict.fromkeys([*firsts.values(), *todo[::16]]))
+
+
 def failures(todo: Sequence[Task], results: dict[str, Result]) -> list[str]:
     """What is wrong, in lines."""
     return [f"{t.id} on {t.chip}: {'; '.join(results[t.key].wrong)}" for t in todo if results[t.key].wrong]
@@ -149,17 +158,25 @@ def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    names = [a for a in argv if a != "--all"]
+    names = [a for a in argv if not a.startswith("--")]
+    if unknown := set(argv) - set(names) - {"--all", "--sample"}:
+        print(f"gate: expected op names, --all or --sample, got {' '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     modules = [m for m in registry.ops() if not names or m.split(".")[-2] in names]
-    known = recorded()
     todo = tasks(modules)
-    results = run(todo, {} if "--all" in argv else known, save=True)
-    record({**recorded(), **results} if names else results)
-    if not names:
-        TABLE.write_text(table(todo, results))
+    if "--sample" in argv:
+        todo = sample(todo)
+        results = run(todo, {})
+    else:
+        results = run(todo, {} if "--all" in argv else recorded(), save=True)
+        record({**recorded(), **results} if names else results)
+        if not names:
+            TABLE.write_text(table(todo, results))
     bad = failures(todo, results)
     print("\n".join(bad), file=sys.stderr)
-    print(f"{len(todo) - len(bad)} of {len(todo)} green ({len(results)} different kernels)")
+    print(
+        f"{len(todo) - len(bad)} of {len(todo)} green ({len(results)} different kernels), Triton {triton.__version__}"
+    )
     return bool(bad)
 
 
