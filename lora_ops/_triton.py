@@ -45,7 +45,8 @@ def record_launches(*, run: bool = True) -> Iterator[Recorder]:
     try:
         yield recorder
     finally:
-        _recorders.remove(recorder)
+        # By identity: two recorders opened around the same launches compare equal.
+        _recorders[:] = [r for r in _recorders if r is not recorder]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
