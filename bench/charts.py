@@ -25,6 +25,10 @@ COLOURS = {
     "PEFT + bitsandbytes": "#1d6fb8",
     "eager PEFT formula": "#8fce9f",
     "addmm by hand": "#c79a2b",
+    "Unsloth's way": "#8a6d1d",
+    "torch.compile": "#e07a30",
+    "lora_ops K-step": "#8f2d56",
+    "lora_ops β=1": "#e9967a",
 }
 
 

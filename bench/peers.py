@@ -1,4 +1,4 @@
-"""The others, over the same operands as ours: bitsandbytes, PEFT, torchao, and LoRA written with addmm.
+"""The others, over the same operands as ours: bitsandbytes, PEFT, torchao, and PEFT's formula inline.
 
 bitsandbytes' layers repack themselves at their first forward in eval mode on the CPU, so every contender gets a layer
 of its own; weights are built from our bytes, which are theirs too. torchao's NF4 is a format of its own.
@@ -7,6 +7,8 @@ of its own; weights are built from our bytes, which are theirs too. torchao's NF
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Unavailable
-from lora_ops.functional import dequantize_nf4
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor, nf4_code
 from tests.cases import LinearInputs, keep_mask, rounded_weight
@@ -28,6 +29,19 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise Unavailable(f"{name} cannot be imported: {error}") from error
+
+
+def notes() -> list[str]:
+    """What a reader who misses a peer should know."""
+    found = ["Unsloth's way: its order of passes in plain torch calls; the package itself is not run"]
+    spec = importlib.util.find_spec("liger_kernel")
+    if spec is None:
+        return [*found, "Liger Kernel: not installed; it has no LoRA layer and no 4-bit product to compare with"]
+    folders = [f"{folder}/ops" for folder in spec.submodule_search_locations or ()]  # without importing the package
+    names = [info.name for info in pkgutil.iter_modules(folders)]
+    if alike := [name for name in names if "lora" in name.lower()]:
+        return [*found, f"Liger Kernel: {', '.join(alike)} is not compared yet: bench/peers.py has no contender for it"]
+    return [*found, f"Liger Kernel: none of its {len(names)} groups of ops is a LoRA layer or a 4-bit product"]
 
 
 def bnb_state(q: NF4Tensor) -> Any:
@@ -107,54 +121,6 @@ def peft_layer(inputs: LinearInputs) -> Any:
     layer.lora_A["default"].weight = nn.Parameter(a.clone())
     layer.lora_B["default"].weight = nn.Parameter(b.clone())
     return layer.train()
-
-
-class _LoRAByAddmm(torch.autograd.Function):
-    """LoRA with as few passes as separate torch calls allow: the low-rank products are added by addmm_ (as Unsloth's
-    fast path does it; no dropout).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Callable[[], Tensor], scale: float) -> Tensor:
-        x2, a16, b16 = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
-        y = x2 @ weight().t()
-        y.addmm_(x2 @ a16.t(), b16.t(), alpha=scale)
-        ctx.save_for_backward(x2, a, b)
-        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x2, a, b = ctx.saved_tensors
-        a16, b16 = a.to(x2.dtype), b.to(x2.dtype)
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
-        ds = dy @ b16
-        dx = dy @ ctx.weight()
-        dx.addmm_(ds, a16, alpha=ctx.scale)
-        da = (ds.t() @ x2) * ctx.scale
-        db = (dy.t() @ (x2 @ a16.t())) * ctx.scale
-        return dx.view(ctx.shape), da.to(a.dtype), db.to(b.dtype), None, None
-
-
-def lora_by_addmm(inputs: LinearInputs) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(x, lora_a, lora_b) -> y for a case without bias and dropout; an NF4 weight is decoded in each direction."""
-    if inputs.case.dropout_p or inputs.bias is not None:
-        raise Unavailable("this way has neither dropout nor bias")
-    scale, weight = inputs.case.scale, inputs.weight
-    decode = decoder(weight, inputs.x.dtype) if isinstance(weight, NF4Tensor) else lambda: weight
-    return lambda x, a, b: _LoRAByAddmm.apply(x, a, b, decode, scale)
-
-
-def decoder(q: NF4Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Decodes the weight: by bitsandbytes on a GPU where it is installed, else by ours."""
-    if q.device.type == "cuda":
-        try:
-            functional, state = load("bitsandbytes").functional, bnb_state(q)
-        except Unavailable:
-            pass
-        else:
-            return lambda: functional.dequantize_4bit(q.packed, state).to(dtype)
-    return lambda: dequantize_nf4(q, dtype=dtype)
 
 
 def eager_lora(inputs: LinearInputs, dropout: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

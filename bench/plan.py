@@ -29,7 +29,9 @@ class Plan:
         generation_tokens: of its forward without autograd.
         adapter_dtypes: of lora_a and lora_b; float32 is what PEFT makes of them by default.
         dropouts: probabilities of lora_linear.
-        routes: whether each route of lora_linear over a dense weight is a contender of its own.
+        gpu_contenders: whether those take part that are of interest on a GPU alone: each route of lora_linear,
+            Unsloth's way.
+        compiler: the backend of torch.compile, whose suite runs on a GPU alone.
         dtype: of the activations.
         backends: of lora_ops, each a contender of its own; "auto" is the library's own choice.
         effort: how long each comparison is timed.
@@ -44,7 +46,8 @@ class Plan:
     generation_tokens: tuple[int, ...] = (1,)
     adapter_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     dropouts: tuple[float, ...] = (0.0, 0.05)
-    routes: bool = False
+    gpu_contenders: bool = False
+    compiler: str = "inductor"
     dtype: torch.dtype = torch.bfloat16
     backends: tuple[str, ...] = ("auto",)
     effort: Effort = Effort()

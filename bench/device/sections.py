@@ -19,8 +19,9 @@ from bench.device.discover import backends_of, registered_ops
 from bench.device.graphs import CAPTURES, SYNCHRONIZES
 from bench.environment import exception_line
 from bench.measure import Run, measure, one_line
+from bench.peers import notes
 from bench.plan import Effort, Plan
-from bench.suites import SUITES
+from bench.suites import GPU_SUITES, SUITES
 from lora_ops import BackendError, use_backend
 from lora_ops._dispatch import Op
 
@@ -31,7 +32,7 @@ PLAN = Plan(
     lora_shapes=((4096, 4096),),
     lora_tokens=(8192, 2048),  # what the aims ask for first
     dropouts=(0.0, 0.1),
-    routes=True,
+    gpu_contenders=True,
     effort=Effort(min_rounds=10, max_rounds=100, seconds=1.0, warmup=3),
 )
 DRY_PLAN = Plan(
@@ -40,7 +41,9 @@ DRY_PLAN = Plan(
     lora_shapes=((64, 96),),
     lora_tokens=(5,),
     ranks=(4,),
-    routes=True,
+    adapter_dtypes=(torch.float32,),
+    gpu_contenders=True,
+    compiler="aot_eager",
     effort=Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup=0),
 )
 
@@ -152,6 +155,13 @@ def _judge(backend: str, device: str, check: Check) -> tuple[str, str]:
     return ("wrong", wrong) if wrong else ("ok", "")
 
 
+@section("peers")
+def _peers(context: Context) -> Iterator[str]:
+    """Say which peers take no part in any comparison, and why."""
+    context.run.notes += [f"- {note}" for note in notes()]
+    yield f"{len(notes())} notes"
+
+
 @section("unchecked")
 def _unchecked(context: Context) -> Iterator[str]:
     """Say which registered ops have no check here, and which cannot be captured."""
@@ -169,7 +179,7 @@ def _unchecked(context: Context) -> Iterator[str]:
 def _timing(op: str) -> Section:
     def run(context: Context) -> Iterator[str]:
         plan, clock = context.plan, context.clock
-        for comparison in SUITES[op](plan):
+        for comparison in {**SUITES, **GPU_SUITES}[op](plan):
             begin = time.perf_counter()
             rows = measure(comparison, clock, context.ceilings, plan.effort)
             context.run.rows += rows
@@ -199,7 +209,7 @@ def _register() -> None:
         for ops in groups.values():
             name = ops[0].name
             section(f"{verb} {name}", _share(verb, name))(_checking(table[name], ops, captured=verb == "capture"))
-    for op_name in sorted(SUITES, key=_weight):
+    for op_name in [*sorted(SUITES, key=_weight), *GPU_SUITES]:
         section(f"time {op_name}", _share("time", op_name))(_timing(op_name))
 
 

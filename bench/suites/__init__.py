@@ -16,3 +16,6 @@ SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {
     "lora_linear": lora_linear.forward_backward,
     "lora_generation": lora_linear.generation,
 }
+
+# Of the device suite alone.
+GPU_SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {"lora_compiled": lora_linear.compiled}

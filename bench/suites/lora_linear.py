@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.by_hand import lora_as_unsloth, lora_by_addmm
+from bench.compiled import compiling
 from bench.measure import OURS, Comparison, Contender
-from bench.peers import eager_lora, given_dropout, lora_by_addmm, peft_layer
+from bench.peers import eager_lora, given_dropout, peft_layer
 from bench.plan import Plan
 from bench.suites.common import Judge, no_grad, on_route, ours, tensor_bytes
 from lora_ops.functional import lora_linear, nf4_linear
@@ -62,7 +64,15 @@ def _generation(plan: Plan, i: LinearInputs) -> Comparison:
     return Comparison("lora_generation", f"r={c.r}", c.m, c.n, c.k, flops, "nf4_linear", makers, c.r)
 
 
-def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
+def compiled(plan: Plan) -> Iterator[Comparison]:
+    """torch.compile of the eager formula over a dense weight, in a suite of its own for the time that it may take."""
+    (n, k), m, r = plan.lora_shapes[0], plan.lora_tokens[0], plan.ranks[0]
+    for adapter, p in itertools.product(plan.adapter_dtypes, plan.dropouts):
+        case = LinearCase(m, n, k, r, plan.dtype, weight="dense", adapter_dtype=adapter, dropout_p=p)
+        yield _comparison(plan, case.inputs(plan.device), with_compiler=True)
+
+
+def _comparison(plan: Plan, i: LinearInputs, *, with_compiler: bool = False) -> Comparison:
     c, judge = i.case, Judge(i)
     m, n, k, r = c.m, c.n, c.k, c.r
     a0, b0 = i.adapter()
@@ -124,20 +134,41 @@ def _comparison(plan: Plan, i: LinearInputs) -> Comparison:
             forward, rounded_weight(i.weight, i.x.dtype).nbytes, checked=eager_lora(i, given_dropout(i))
         )  # fmt: skip
 
+    def by_compiler() -> Contender:
+        """The same formula; compiled a second time with a given mask, to be checked."""
+        dropouts = [nn.Dropout(c.dropout_p), given_dropout(i)] if c.dropout_p else [nn.Identity()]
+        forwards = [torch.compile(eager_lora(i, d), fullgraph=True, backend=plan.compiler) for d in dropouts]
+        inner = contender(forwards[0], rounded_weight(i.weight, i.x.dtype).nbytes, checked=forwards[-1])
+
+        def check() -> str | None:
+            with compiling():
+                inner.run()
+                return inner.check()
+
+        return Contender(inner.run, check, inner.bytes)
+
     def addmm() -> Contender:
-        return contender(lora_by_addmm(i), i.weight.nbytes)
+        return contender(lora_by_addmm(i), i.weight.nbytes, checked=lora_by_addmm(i, given_mask=True))
+
+    def unsloth() -> Contender:
+        return contender(lora_as_unsloth(i), i.weight.nbytes)
 
     makers: dict[str, Callable[[], Contender]] = ours(plan, lora_ops)
-    if plan.routes and c.weight == "dense":
+    if plan.gpu_contenders and c.weight == "dense":
         makers |= {f"{OURS} {route}": on_route(lora_ops, **changes) for route, changes in ROUTES.items()}
     makers["frozen dense"] = frozen
     if c.weight == "dense":
         makers |= {"PEFT": peft, "eager PEFT formula": eager}
     else:
         makers |= {"PEFT + bitsandbytes": peft}
-    if not c.dropout_p:
-        makers["addmm by hand"] = addmm
+    makers["addmm by hand"] = addmm
+    if plan.gpu_contenders:
+        makers["Unsloth's way"] = unsloth
+    if with_compiler:
+        makers = {name: makers[name] for name in (OURS, "frozen dense", "eager PEFT formula")}
+        makers["torch.compile"] = by_compiler
     adapter = str(c.adapter_dtype).removeprefix("torch.")
     variant = f"{c.weight}, r={r}, p={c.dropout_p:g}, {adapter} adapter"
     flops = 4.0 * m * n * k + 6.0 * m * r * (n + k)
-    return Comparison("lora_linear", variant, m, n, k, flops, "frozen dense", makers, r)
+    op = "lora_compiled" if with_compiler else "lora_linear"
+    return Comparison(op, variant, m, n, k, flops, "frozen dense", makers, r)
