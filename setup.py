@@ -35,6 +35,7 @@ AVX512_FLAGS = [
 X86_SOURCES = {
     "avx2.cpp": AVX2_FLAGS,
     "avx512.cpp": AVX512_FLAGS,
+    "blockwise8_vbmi.cpp": [*AVX512_FLAGS, "-mavx512vbmi"],
     "avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
     "lora_avx2.cpp": AVX2_FLAGS,
     "lora_avx512.cpp": AVX512_FLAGS,

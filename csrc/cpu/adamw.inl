@@ -86,10 +86,6 @@ inline void adamw_store_stochastic(const float* __restrict from, const uint16_t*
     }
 }
 
-inline void adamw_decode(const uint8_t* codes, float absmax, const float* map, int64_t n, float* out) {
-    blockwise8_dequantize(codes, &absmax, n, kAdamwBlock, map, out);
-}
-
 // Elements [begin, end) of a slice; begin is a multiple of kAdamwBlock.
 template <class Vec>
 void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const float* row, const AdamwCodes& codes,
@@ -120,12 +116,12 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
         if (coded) {
             uint8_t* m_codes = static_cast<uint8_t*>(s.exp_avg) + i;
             uint8_t* v_codes = static_cast<uint8_t*>(s.exp_avg_sq) + i;
-            adamw_decode(m_codes, s.exp_avg_absmax[block], codes.signed_map, n, m_block);
-            adamw_decode(v_codes, s.exp_avg_sq_absmax[block], codes.unsigned_map, n, v_block);
+            float *m_absmax = s.exp_avg_absmax + block, *v_absmax = s.exp_avg_sq_absmax + block;
+            blockwise8_dequantize<Vec>(m_codes, m_absmax, n, kAdamwBlock, *codes.exp_avg, m_block);
+            blockwise8_dequantize<Vec>(v_codes, v_absmax, n, kAdamwBlock, *codes.exp_avg_sq, v_block);
             adamw_update(p, g, m_block, v_block, n, c);
-            blockwise8_quantize<Vec>(m_block, n, kAdamwBlock, *codes.signed_search, m_codes, s.exp_avg_absmax + block);
-            blockwise8_quantize<Vec>(v_block, n, kAdamwBlock, *codes.unsigned_search, v_codes,
-                                     s.exp_avg_sq_absmax + block);
+            blockwise8_quantize<Vec>(m_block, n, kAdamwBlock, *codes.exp_avg, m_codes, m_absmax);
+            blockwise8_quantize<Vec>(v_block, n, kAdamwBlock, *codes.exp_avg_sq, v_codes, v_absmax);
         } else {
             adamw_update(p, g, static_cast<float*>(s.exp_avg) + i, static_cast<float*>(s.exp_avg_sq) + i, n, c);
         }

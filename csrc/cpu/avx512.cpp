@@ -8,10 +8,9 @@
 #include "scalar.h"
 
 #include "nf4.inl"
-#include "blockwise8.inl"
 #include "nf4_gemm.inl"
 #include "nf4_gemm_f32.inl"
-#include "adamw.inl"
+#include "blockwise8_avx512.inl"
 
 namespace lora_ops {
 namespace {
@@ -144,18 +143,11 @@ struct Avx512 {
         const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.value));
     }
-
-    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes);
 };
 
 template <>
 uint32_t Avx512::max_abs_bits<float>(const float* w, int64_t n) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i largest = _mm512_setzero_si512();
-    for (int64_t i = 0; i < n; i += 16) {
-        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_loadu_si512(w + i), magnitude));
-    }
-    return _mm512_reduce_max_epu32(largest);
+    return max_abs_bits_f32(w, n);
 }
 
 template <>
@@ -171,25 +163,6 @@ void Avx512::decode32<float>(const Table<float>& table, const uint8_t* packed, f
         const __m512i wide = _mm512_cvtepu8_epi64(half ? _mm_unpackhi_epi64(bytes, bytes) : bytes);
         const __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
         _mm512_storeu_ps(out + 16 * half, _mm512_permutexvar_ps(index, table.value));
-    }
-}
-
-void Avx512::encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
-    const __m512i sign = _mm512_set1_epi32(INT32_MIN), one = _mm512_set1_epi32(kOneBits);
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)));
-        const __m512i magnitude = _mm512_min_epu32(_mm512_andnot_si512(sign, bits), one);
-        const __m512 v = _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(sign, bits), magnitude));
-        const __m512i key = _mm512_sub_epi32(_mm512_srli_epi32(magnitude, 16), _mm512_set1_epi32(search.kFirstKey));
-        __m512i bin = _mm512_max_epi32(key, _mm512_setzero_si512());
-        bin = _mm512_mask_add_epi32(bin, _mm512_movepi32_mask(bits), bin, _mm512_set1_epi32(search.kBins));
-        __m512i code = _mm512_and_si512(_mm512_i32gather_epi32(bin, search.start, 1), _mm512_set1_epi32(255));
-        for (int step = 0; step < search.most_steps; ++step) {
-            const __m512 threshold = _mm512_i32gather_ps(code, search.threshold, 4);
-            const __mmask16 above = _mm512_cmp_ps_mask(v, threshold, _CMP_GT_OQ);
-            code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
-        }
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
     }
 }
 
@@ -247,11 +220,42 @@ struct Avx512Floats {
     }
 };
 
+// 8 two-register permutes by the low 5 bits of an index, and a tree of blends by the rest.
+struct Avx512LookUp {
+    static __m512 look_up16(const float* table, __m512i index) {
+        const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+        const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+        const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+        __m512 part[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const float* const t = table + 32 * i;
+            part[i] = _mm512_permutex2var_ps(_mm512_load_ps(t), index, _mm512_load_ps(t + 16));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) part[i] = _mm512_mask_blend_ps(bit5, part[2 * i], part[2 * i + 1]);
+        const __m512 low = _mm512_mask_blend_ps(bit6, part[0], part[1]);
+        return _mm512_mask_blend_ps(bit7, low, _mm512_mask_blend_ps(bit6, part[2], part[3]));
+    }
+
+    static void look_up64(const float* table, const uint8_t (*)[256], __m512i lanes, __m512 out[4]) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            // Byte j of every 32-bit part i of a 128-bit lane, widened.
+            const __m512i widen = _mm512_broadcast_i32x4(_mm_add_epi32(
+                _mm_setr_epi32(INT32_MIN, INT32_MIN + 1, INT32_MIN + 2, INT32_MIN + 3), _mm_set1_epi32(4 * i)));
+            const __m512i index = _mm512_shuffle_epi8(lanes, _mm512_or_si512(widen, _mm512_set1_epi32(INT32_MIN | 0x808000)));
+            out[i] = look_up16(table, index);
+        }
+    }
+};
+
 }  // namespace
 
 const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
-const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, blockwise8_quantize<Avx512>,
-                                blockwise8_dequantize, adamw<Avx512>};
+const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>};
+
+const Blockwise8Kernels kAvx512Blockwise8 = blockwise8_kernels<Avx512LookUp>();
 
 }  // namespace lora_ops

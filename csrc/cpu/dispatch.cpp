@@ -69,6 +69,17 @@ const Kernels& kernels() {
     return kPortableKernels;
 }
 
+const Blockwise8Kernels& blockwise8_kernels() {
+#if defined(LORA_OPS_X86)
+    switch (current_isa()) {
+        case LORA_OPS_ISA_AVX2: return kAvx2Blockwise8;
+        case LORA_OPS_ISA_AVX512: return kAvx512Blockwise8;
+        case LORA_OPS_ISA_AVX512_BF16: return kAvx512VbmiBlockwise8;
+    }
+#endif
+    return kPortableBlockwise8;
+}
+
 const Nf4GemmKernels& gemm_kernels() {
 #if defined(LORA_OPS_X86)
     switch (current_isa()) {
@@ -158,48 +169,80 @@ int nf4_gemm(const Nf4Gemm& g, int n_threads) {
     return has_memory.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NO_MEMORY;
 }
 
-Blockwise8Search make_search(const float* map) {
-    Blockwise8Search search = {};
+void make_search(Blockwise8Code& code) {
     for (int i = 0; i < 255; ++i) {
         // Exact: neighbours of a map are close enough in magnitude for their sum to fit a double.
-        const double midpoint = (double{map[i]} + double{map[i + 1]}) / 2;
+        const double midpoint = (double{code.map[i]} + double{code.map[i + 1]}) / 2;
         const float nearest = static_cast<float>(midpoint);
-        search.threshold[i] = double{nearest} > midpoint ? nextafterf(nearest, -INFINITY) : nearest;
+        code.threshold[i] = double{nearest} > midpoint ? nextafterf(nearest, -INFINITY) : nearest;
     }
-    search.threshold[255] = INFINITY;
+    code.threshold[255] = INFINITY;
 
     // One sweep over the bins from -1 to 1; below counts the thresholds under a rising v.
     int below = 0;
     const auto fill = [&](uint8_t& start, float least, float most) {
-        while (search.threshold[below] < least) ++below;
+        while (code.threshold[below] < least) ++below;
         start = static_cast<uint8_t>(below);
-        while (search.threshold[below] < most) ++below;
-        search.most_steps = std::max(search.most_steps, below - start);
+        while (code.threshold[below] < most) ++below;
+        code.most_steps = std::max(code.most_steps, below - start);
     };
-    const auto least = [](int bin) { return bits_float(bin ? uint32_t(Blockwise8Search::kFirstKey + bin) << 16 : 0); };
-    const auto most = [](int bin) { return bits_float((uint32_t(Blockwise8Search::kFirstKey + bin + 1) << 16) - 1); };
-    for (int bin = search.kBins - 1; bin >= 0; --bin) fill(search.start[search.kBins + bin], -most(bin), -least(bin));
-    for (int bin = 0; bin < search.kBins; ++bin) fill(search.start[bin], least(bin), most(bin));
-    return search;
+    const auto least = [](int bin) { return bits_float(bin ? uint32_t(Blockwise8Code::kFirstKey + bin) << 16 : 0); };
+    const auto most = [](int bin) { return bits_float((uint32_t(Blockwise8Code::kFirstKey + bin + 1) << 16) - 1); };
+    for (int bin = code.kBins - 1; bin >= 0; --bin) fill(code.start[code.kBins + bin], -most(bin), -least(bin));
+    for (int bin = 0; bin < code.kBins; ++bin) fill(code.start[bin], least(bin), most(bin));
 }
 
-// A search costs 20 µs to make, as much as the step of a small model; every call brings the same two maps.
-class SearchCache {
-  public:
-    std::shared_ptr<const Blockwise8Search> get(const float* map) {
-        const std::lock_guard<std::mutex> hold(mutex_);
-        if (!search_ || memcmp(map_, map, sizeof map_)) {
-            search_ = std::make_shared<const Blockwise8Search>(make_search(map));
-            memcpy(map_, map, sizeof map_);
-        }
-        return search_;
+// Decade d of a dynamic map, from 10^(d - 7) to 10^(d - 6), holds 2^d values of each sign, or 2^(d + 1) of one, so its
+// line rises by as many. Half a code higher than the count at every threshold: floats cannot round it to a wrong one.
+void make_lines(Blockwise8Code& code) {
+    code.is_signed = code.map[0] < 0;
+    double before = 0.5;
+    for (int d = 0; d < code.kLines; ++d) {
+        const double values = code.is_signed ? 1 << d : 2 << d;
+        code.slope[d] = static_cast<float>(values / (0.9 * pow(10, d - 6)));
+        code.offset[d] = static_cast<float>(before - values / 9);
+        before += values;
     }
+    const auto line = [&](double a) {
+        double least = INFINITY;
+        for (int d = 0; d < code.kLines; ++d) least = std::min(least, a * double{code.slope[d]} + double{code.offset[d]});
+        return least;
+    };
+    // Count and line rise with |v|: if the line's integer part is right just below a threshold and one too low just
+    // above, at all of them, it is right or one too low everywhere. The margin is 1,000 times the rounding of floats.
+    const double margin = 1.0 / 16;
+    const int zero = code.is_signed ? 127 : 0;
+    code.linear = line(0) >= margin && line(1) <= 256 - zero - margin;
+    for (int i = 0; i < 255; ++i) {
+        const int count = i >= zero ? i - zero : zero - 1 - i;
+        const double at = line(fabs(double{code.threshold[i]}));
+        code.linear &= (code.threshold[i] > 0) == (i >= zero) && at >= count + margin && at <= count + 1 - margin;
+    }
+}
 
-  private:
-    std::mutex mutex_;
-    float map_[256];
-    std::shared_ptr<const Blockwise8Search> search_;
-};
+Blockwise8Code make_code(const float* map) {
+    Blockwise8Code code = {};
+    memcpy(code.map, map, sizeof code.map);
+    make_search(code);
+    make_lines(code);
+    for (int i = 0; i < 256; ++i) {
+        for (int byte = 0; byte < 4; ++byte) {
+            code.map_bytes[byte][i] = static_cast<uint8_t>(float_bits(code.map[i]) >> 8 * byte);
+            code.threshold_bytes[byte][i] = static_cast<uint8_t>(float_bits(code.threshold[i]) >> 8 * byte);
+        }
+    }
+    return code;
+}
+
+// A code costs 20 µs to make, as much as the step of a small model; nearly every call brings one of the same two maps.
+std::shared_ptr<const Blockwise8Code> code_of(const float* map) {
+    static std::mutex mutex;
+    static std::shared_ptr<const Blockwise8Code> kept[2];
+    const std::lock_guard<std::mutex> hold(mutex);
+    auto& last = kept[map[0] < 0];
+    if (!last || memcmp(last->map, map, sizeof last->map)) last = std::make_shared<const Blockwise8Code>(make_code(map));
+    return last;
+}
 
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
     if (s.n < 0 || s.row < 0 || s.row >= rows || s.first % 256) return false;
@@ -273,33 +316,36 @@ int lora_ops_nf4_linear_dx(const lora_ops_nf4_weight* w, int64_t n, int64_t k, c
 }
 
 int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map, uint8_t* codes,
-                                 float* absmax, int n_threads) {
+                                 float* absmax, int n_threads) try {
     if (n < 0 || block_size <= 0 || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
     if (n == 0) return LORA_OPS_OK;
     if (!x || !map || !codes || !absmax || !std::is_sorted(map, map + 256)) return LORA_OPS_BAD_ARGUMENT;
-    const Blockwise8Search search = make_search(map);
-    const Kernels& isa = kernels();
+    const auto code = code_of(map);
+    const Blockwise8Kernels& isa = blockwise8_kernels();
     std::atomic<bool> finite{true};
     parallel(0, n, block_size, n_threads, [&](int64_t begin, int64_t end) {
-        if (!isa.blockwise8_quantize(x + begin, end - begin, block_size, search, codes + begin,
-                                     absmax + begin / block_size)) {
+        if (!isa.quantize(x + begin, end - begin, block_size, *code, codes + begin, absmax + begin / block_size)) {
             finite.store(false, std::memory_order_relaxed);
         }
     });
     return finite.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NONFINITE;
+} catch (const std::bad_alloc&) {
+    return LORA_OPS_NO_MEMORY;
 }
 
 int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
-                                   const float* map, float* out, int n_threads) {
+                                   const float* map, float* out, int n_threads) try {
     if (n < 0 || block_size <= 0 || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
     if (n == 0) return LORA_OPS_OK;
     if (!codes || !absmax || !map || !out) return LORA_OPS_BAD_ARGUMENT;
-    const Kernels& isa = kernels();
+    const auto code = code_of(map);
+    const Blockwise8Kernels& isa = blockwise8_kernels();
     parallel(0, n, block_size, n_threads, [&](int64_t begin, int64_t end) {
-        isa.blockwise8_dequantize(codes + begin, absmax + begin / block_size, end - begin, block_size, map,
-                                  out + begin);
+        isa.dequantize(codes + begin, absmax + begin / block_size, end - begin, block_size, *code, out + begin);
     });
     return LORA_OPS_OK;
+} catch (const std::bad_alloc&) {
+    return LORA_OPS_NO_MEMORY;
 }
 
 int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const float* constants, int64_t rows,
@@ -309,9 +355,8 @@ int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const floa
     if (!slices || !constants || !signed_map || !unsigned_map) return LORA_OPS_BAD_ARGUMENT;
     if (!std::is_sorted(signed_map, signed_map + 256)) return LORA_OPS_BAD_ARGUMENT;
     if (!std::is_sorted(unsigned_map, unsigned_map + 256)) return LORA_OPS_BAD_ARGUMENT;
-    static SearchCache signed_cache, unsigned_cache;
-    const auto signed_search = signed_cache.get(signed_map), unsigned_search = unsigned_cache.get(unsigned_map);
-    const AdamwCodes codes = {signed_map, unsigned_map, signed_search.get(), unsigned_search.get()};
+    const auto signed_code = code_of(signed_map), unsigned_code = code_of(unsigned_map);
+    const AdamwCodes codes = {signed_code.get(), unsigned_code.get()};
 
     constexpr int64_t kBlock = 256;
     std::vector<int64_t> start(static_cast<size_t>(count) + 1);  // of each slice, in elements of whole blocks
@@ -319,7 +364,7 @@ int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const floa
         if (!is_valid(slices[i], rows)) return LORA_OPS_BAD_ARGUMENT;
         start[i + 1] = start[i] + (slices[i].n + kBlock - 1) / kBlock * kBlock;
     }
-    const Kernels& isa = kernels();
+    const Blockwise8Kernels& isa = blockwise8_kernels();
     parallel(0, start[count], kBlock, n_threads, [&](int64_t begin, int64_t end) {
         int64_t i = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
         for (; i < count && start[i] < end; ++i) {

@@ -7,23 +7,28 @@
 
 namespace lora_ops {
 
-// Finds the nearest of 256 ascending values. |v| <= 1 falls in a bin by its sign, exponent and 7 bits of mantissa
-// (everything below 2^-23 in one); start[bin] counts the thresholds below the whole bin, and the search goes on
-// from there. Both dynamic maps have at most one threshold a bin, so one comparison settles it.
-struct Blockwise8Search {
+// 256 ascending values, and what finds the nearest of them to a v, |v| <= 1: the number of thresholds below v.
+//
+// Any map: v falls in a bin by its sign, exponent and 7 bits of mantissa (everything below 2^-23 in one); start[bin]
+// counts the thresholds below the whole bin, and the search goes on from there. Both dynamic maps have at most one
+// threshold a bin, so one comparison settles it.
+//
+// The dynamic maps: each decade is a straight line and five times as steep as the next one, so the number of
+// thresholds below |v| is the integer part of the least of seven lines, or one more, which one comparison settles.
+struct Blockwise8Code {
     static constexpr int kFirstKey = (127 - 23) << 7;
     static constexpr int kBins = (127 << 7) - kFirstKey + 1;
+    static constexpr int kLines = 7;
 
-    float threshold[256];      // threshold[i]: largest fp32 <= midpoint of values i and i + 1; the last is +inf
+    alignas(64) float map[256];
+    alignas(64) float threshold[256];         // largest fp32 <= midpoint of values i and i + 1; the last is +inf
+    alignas(64) uint8_t map_bytes[4][256];    // byte i of each value: a permute of bytes looks up 64 codes at once
+    alignas(64) uint8_t threshold_bytes[4][256];
+    float slope[kLines], offset[kLines];
+    bool is_signed, linear;    // linear: the lines are proven to serve this map
     int most_steps;            // comparisons that settle any v
     uint8_t start[2 * kBins];  // bins of positive v, then of negative v
     uint8_t padding[3];        // a vector gather reads 4 bytes at each start
-};
-
-// The maps of AdamW's 8-bit states with their searches.
-struct AdamwCodes {
-    const float *signed_map, *unsigned_map;
-    const Blockwise8Search *signed_search, *unsigned_search;
 };
 
 struct Kernels {
@@ -31,10 +36,19 @@ struct Kernels {
     bool (*nf4_quantize)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t block_size, uint8_t* packed,
                          float* absmax);
     void (*nf4_dequantize)(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, void* out, lora_ops_dtype dtype);
-    bool (*blockwise8_quantize)(const float* x, int64_t n, int64_t block_size, const Blockwise8Search& search,
-                                uint8_t* codes, float* absmax);
-    void (*blockwise8_dequantize)(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
-                                  const float* map, float* out);
+};
+
+// The codes of AdamW's 8-bit states.
+struct AdamwCodes {
+    const Blockwise8Code *exp_avg, *exp_avg_sq;
+};
+
+struct Blockwise8Kernels {
+    // false when the input holds inf or NaN.
+    bool (*quantize)(const float* x, int64_t n, int64_t block_size, const Blockwise8Code& code, uint8_t* codes,
+                     float* absmax);
+    void (*dequantize)(const uint8_t* codes, const float* absmax, int64_t n, int64_t block_size,
+                       const Blockwise8Code& code, float* out);
     void (*adamw)(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const float* row, const AdamwCodes& codes,
                   const uint64_t* seed);
 };
@@ -42,5 +56,9 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Blockwise8Kernels kPortableBlockwise8;
+extern const Blockwise8Kernels kAvx2Blockwise8;
+extern const Blockwise8Kernels kAvx512Blockwise8;
+extern const Blockwise8Kernels kAvx512VbmiBlockwise8;
 
 }  // namespace lora_ops

@@ -9,11 +9,6 @@
 namespace lora_ops {
 namespace {
 
-// The reciprocal of a smaller absmax could overflow. bitsandbytes uses the same bound.
-constexpr float kLeastAbsmax = 1e-38f;
-
-inline float at_least(float x, float least) { return x < least ? least : x; }
-
 inline int nf4_encode(float v) {
     int code = 0;
     for (int i = 0; i < 15; ++i) code += v > nf4_threshold(i);

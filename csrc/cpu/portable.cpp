@@ -48,9 +48,10 @@ struct Portable {
         }
     }
 
-    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Search& search, uint8_t* codes) {
-        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, search);
+    static void encode8(const float* x, int64_t n, float scale, const Blockwise8Code& code, uint8_t* codes) {
+        for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, code);
     }
+    static constexpr auto decode8 = blockwise8_decode;
 };
 
 struct PortableFloats {
@@ -93,7 +94,8 @@ struct PortableFloats {
 
 const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
-const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
-                                  blockwise8_quantize<Portable>, blockwise8_dequantize, adamw<Portable>};
+const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>};
+
+const Blockwise8Kernels kPortableBlockwise8 = {blockwise8_quantize<Portable>, blockwise8_dequantize<Portable>, adamw<Portable>};
 
 }  // namespace lora_ops

@@ -29,6 +29,11 @@ inline float bits_float(uint32_t bits) {
     return x;
 }
 
+// The reciprocal of a smaller absmax could overflow. bitsandbytes uses the same bound.
+constexpr float kLeastAbsmax = 1e-38f;
+
+inline float at_least(float x, float least) { return x < least ? least : x; }
+
 // |x| as an unsigned integer: ordered like |x|, with inf and NaN above every finite value.
 inline uint32_t abs_bits(float x) { return float_bits(x) & 0x7fffffffu; }
 inline uint32_t abs_bits(F16 x) { return x.bits & 0x7fffu; }

@@ -81,6 +81,32 @@ def test_codes_at_the_midpoints(isa: str, signed: bool) -> None:
         assert set(row[:31]) == {distance.index(min(distance))}, value
 
 
+@given(
+    st.sampled_from(("even", "random", "steep", "one-sided", "nearly dynamic")), st.booleans(), st.integers(0, 2**31)
+)
+@settings(deadline=None, max_examples=60)
+def test_any_ascending_map(isa: str, kind: str, signed: bool, seed: int) -> None:
+    """Maps that the lines of the dynamic ones do not fit: the nearest code all the same."""
+    g = torch.Generator().manual_seed(seed)
+    table = {
+        "even": torch.linspace(-1, 1, 256),
+        "random": torch.rand(256, generator=g) * 2 - 1,
+        "steep": 10 ** (torch.rand(256, generator=g) * 6 - 6),
+        "one-sided": torch.rand(256, generator=g) - 1,
+        "nearly dynamic": dynamic_map(signed) * (1 - 0.004 * torch.rand(256, generator=g)),
+    }[kind]
+    table = table.clamp(-1, 1).sort().values
+    if table.unique().numel() < 256:
+        return
+    x = draw("wide", 1000, seed)
+    codes, absmax = torch.empty(1000, dtype=torch.uint8), torch.empty(4)
+    _native.blockwise8_quantize(x, 256, table, codes, absmax)
+    np.testing.assert_array_equal(codes.numpy(), nearest(scaled(x, 256)[0], table))
+    out = torch.empty(1000)
+    _native.blockwise8_dequantize(codes, absmax, 256, table, out)
+    assert torch.equal(out, table[codes.int()] * absmax.repeat_interleave(256)[:1000])
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_zero_codes_to_zero(isa: str, signed: bool) -> None:
     for n in (256, 300):

@@ -21,6 +21,21 @@ std::vector<float> code_map() {
     return map;
 }
 
+// The dynamic map of quant/blockwise8/reference.py, but for the last bits of its values.
+std::vector<float> dynamic_map(bool is_signed) {
+    std::vector<float> map = {0.0f, 1.0f};
+    double decade = 1e-6;
+    for (int d = 0; d < 7; ++d, decade *= 10) {
+        const int values = is_signed ? 1 << d : 2 << d;
+        for (int i = 0; i < values; ++i) {
+            map.push_back(static_cast<float>(decade * (0.1 + 0.9 * (i + 0.5) / values)));
+            if (is_signed) map.push_back(-map.back());
+        }
+    }
+    std::sort(map.begin(), map.end());
+    return map;
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t any_block_size(Random& random) { return 32 * random.one_of<int64_t>({1, 2, 3, 4, 32, 128}); }
@@ -71,7 +86,7 @@ void nf4_linear(Random& random) {
 
 void blockwise8(Random& random) {
     const int64_t n = random.length(5000), block = random.length(600);
-    const std::vector<float> map = code_map();
+    const std::vector<float> map = random.coin() ? code_map() : dynamic_map(random.coin());
     Matrix x(random, LORA_OPS_F32, 1, n), out(random, LORA_OPS_F32, 1, n);
     Matrix absmax(random, LORA_OPS_F32, 1, ceil_div(n, block));
     Bytes codes(random, n);
@@ -119,6 +134,51 @@ void lora(Random& random) {
     FUZZ_CHECK(y == y2 && s == s2 && dx == dx2 && da == da2 && db == db2 && dbias == dbias2);
 }
 
+void adamw(Random& random) {
+    struct Operands {
+        Matrix p, g, m, v, m_absmax, v_absmax;
+        Bytes m_codes, v_codes;
+        lora_ops_adamw_slice slice(int64_t n, int p_dtype, int g_dtype, bool coded) {
+            void *m_ = coded ? static_cast<void*>(m_codes.data()) : m.data();
+            void *v_ = coded ? static_cast<void*>(v_codes.data()) : v.data();
+            float *ma = coded ? m_absmax.floats() : nullptr, *va = coded ? v_absmax.floats() : nullptr;
+            return {p.data(), g.data(), m_, v_, ma, va, n, p_dtype, g_dtype, 0, 1, 2, 256};
+        }
+    };
+    std::vector<Operands> once;
+    std::vector<lora_ops_adamw_slice> first, second;
+    const int64_t count = random.integer(1, 4);
+    struct Shape { int64_t n; int p, g; bool coded; };
+    std::vector<Shape> shapes;
+    for (int64_t i = 0; i < count; ++i) {
+        const Shape s = {random.length(random.coin() ? 900 : 70000), any_dtype(random), any_dtype(random), random.coin()};
+        const int64_t blocks = ceil_div(s.n, 256);
+        shapes.push_back(s);
+        once.push_back({Matrix(random, s.p, 1, s.n), Matrix(random, s.g, 1, s.n), Matrix(random, LORA_OPS_F32, 1, s.n),
+                        Matrix(random, LORA_OPS_F32, 1, s.n), Matrix(random, LORA_OPS_F32, 1, blocks),
+                        Matrix(random, LORA_OPS_F32, 1, blocks), Bytes(random, s.n), Bytes(random, s.n)});
+    }
+    std::vector<Operands> twice = once;
+    for (int64_t i = 0; i < count; ++i) {
+        first.push_back(once[i].slice(shapes[i].n, shapes[i].p, shapes[i].g, shapes[i].coded));
+        second.push_back(twice[i].slice(shapes[i].n, shapes[i].p, shapes[i].g, shapes[i].coded));
+    }
+    const float constants[8] = {0.999f, 0.1f, 0.999f, 0.001f, 1e-8f, 1e-3f, 30.0f, 1.0f};
+    const std::vector<float> signed_map = dynamic_map(true), unsigned_map = dynamic_map(false);
+    const uint64_t seed = random.bits();
+    const uint64_t* const rounding = random.coin() ? &seed : nullptr;
+    const auto run = [&](std::vector<lora_ops_adamw_slice>& slices, int threads) {
+        FUZZ_CHECK(lora_ops_adamw(slices.data(), count, constants, 1, signed_map.data(), unsigned_map.data(), rounding,
+                                  threads) == LORA_OPS_OK);
+    };
+    run(first, 1);
+    run(second, static_cast<int>(random.integer(2, 3)));
+    for (int64_t i = 0; i < count; ++i) {
+        const Operands &a = once[i], &b = twice[i];
+        FUZZ_CHECK(a.p == b.p && a.m == b.m && a.m_absmax == b.m_absmax && a.v_absmax == b.v_absmax);
+    }
+}
+
 struct Case {
     const char* name;
     void (*run)(Random& random);
@@ -129,7 +189,8 @@ Case cases[] = {{"nf4 codec", nf4_codec, 0},
                 {"nf4 linear", nf4_linear, 0},
                 {"blockwise8", blockwise8, 0},
                 {"dropout mask", dropout_mask, 0},
-                {"lora", lora, 0}};
+                {"lora", lora, 0},
+                {"adamw", adamw, 0}};
 
 double seconds() {
     timespec t;
