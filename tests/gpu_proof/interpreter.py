@@ -108,11 +108,14 @@ class KernelTraffic:
     """Bytes that one kernel moved, lane by lane: an element loaded twice counts twice.
 
     A launch argument called `…table_ptr` is a look-up table of at most 4 KiB, which L1 holds: it counts once a launch.
+    `distinct` counts each byte once a launch, loaded and stored apart: what reaches memory if L2 serves every repeat.
+    It stays 0 unless `count_traffic(distinct=True)`.
     """
 
     launches: int = 0
     loaded: int = 0
     stored: int = 0
+    distinct: int = 0
 
     @property
     def total(self) -> int:
@@ -124,6 +127,7 @@ class Traffic:
     """What `count_traffic` saw, by kernel name."""
 
     kernels: dict[str, KernelTraffic] = field(default_factory=dict)
+    with_distinct: bool = False
 
     @property
     def launches(self) -> int:
@@ -158,6 +162,7 @@ class _Frame:
     names: list[str]
     virtual: bool = False
     tables: tuple[tuple[int, int], ...] = ()
+    seen: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # bytes touched, by kind and tensor
 
 
 MAX_TABLE = 4096
@@ -174,15 +179,15 @@ class AtomicUsed(RuntimeError):
 
 
 @contextmanager
-def count_traffic() -> Iterator[Traffic]:
-    """Count the bytes and launches of every kernel while the context is open.
+def count_traffic(*, distinct: bool = False) -> Iterator[Traffic]:
+    """Count the bytes and launches of every kernel while the context is open; `distinct` costs time and memory.
 
     least = x.nbytes + y.nbytes
     with count_traffic() as t:
         op(x)
     assert t.total <= 1.05 * least
     """
-    traffic = Traffic()
+    traffic = Traffic(with_distinct=distinct)
     _counters.append(traffic)
     try:
         yield traffic
@@ -235,6 +240,21 @@ def _access(kind: str, ptrs: Any, mask: np.ndarray) -> None:
             k.loaded += 0 if from_table else addresses.size * size
         else:
             k.stored += addresses.size * size
+        if traffic.with_distinct and addresses.size:
+            k.distinct += _mark(frame, kind, addresses, size)
+
+
+def _mark(frame: _Frame, kind: str, addresses: np.ndarray, size: int) -> int:
+    """Note what one access of a tensor touches, and answer how many bytes of it are new to this launch."""
+    i = int(np.searchsorted(frame.begins, addresses[0], side="right")) - 1
+    begin = frame.begins[i]
+    if (kind, i) not in frame.seen:
+        frame.seen[kind, i] = np.zeros(int(frame.ends[i] - begin) // size + 1, dtype=bool)
+    at = ((addresses - begin) // np.uint64(size)).astype(np.int64)
+    reach = frame.seen[kind, i][at.min() : at.max() + 1]
+    before = np.count_nonzero(reach)
+    reach[at - at.min()] = True
+    return int(np.count_nonzero(reach) - before) * size
 
 
 def _report(frame: _Frame, kind: str, address: int, lanes: int, i: int, size: int) -> None:

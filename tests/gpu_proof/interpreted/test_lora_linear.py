@@ -21,7 +21,7 @@ from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.crossovers import force
 from tests.cases import LinearCase, assert_right, run_ours
-from tests.gpu_proof import interpreter
+from tests.gpu_proof import interpreter, traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEVER = 2**62
@@ -218,6 +218,16 @@ def test_passes_over_activations(kstep_min_m: int, allowed: int, dropout_p: floa
     assert moved["reduce_rows", "load", "x_ptr"] == 192 * 256  # x, forward
     assert moved["reduce_both", "load", "x_ptr"] == 192 * 256  # dY
     assert moved["reduce_columns", "load", "x_ptr"] == 192 * 256  # x, backward
+
+
+def test_skinny_products_move_little_more_than_the_least() -> None:
+    """Where no sum is split; `python -m tests.gpu_proof.traffic` counts a whole training shape."""
+    for m, k, product, kernel in (
+        (8192, 128, "S = drop(x) Aᵀ", "_reduce_rows_kernel"),
+        (64, 16384, "dA = Tᵀ drop(x)", "_reduce_columns_kernel"),
+    ):
+        kernels, least = next((ks, least) for name, ks, least in traffic.skinny(m, k, 16, 0.0) if name == product)
+        assert kernels[kernel].distinct <= 1.05 * least, kernels
 
 
 def test_workspace_is_small() -> None:

@@ -1,0 +1,162 @@
+"""What lora_linear moves, counted: bytes of each kernel in Triton's interpreter, and passes against the peers'.
+
+    TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes bench/traffic.md, in a few minutes
+
+A pass reads or writes one activation [M, K] once. The peers' are counted on the CPU, operator by operator as eager
+torch runs them: what each reads and writes of an activation's size, less what the frozen layer itself needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.by_hand import lora_as_unsloth, lora_by_addmm
+from bench.measure import Unavailable
+from bench.peers import eager_lora, peft_layer
+from lora_ops.kernels.lora_linear.triton_skinny import Dropout, reads_once, reduce_both, reduce_columns, reduce_rows
+from tests.cases import LinearCase
+from tests.gpu_proof.interpreter import KernelTraffic, count_traffic, install
+
+TABLE = Path(__file__).parents[2] / "bench" / "traffic.md"
+M, WIDTH = 8192, 4096
+
+
+class PassCounter(TorchDispatchMode):
+    """Bytes that operators read and write in tensors of an activation's size; views and allocations are free."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.bytes, self.operators = numel, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        aliases = [r.alias_info for r in func._schema.returns if r.alias_info]
+        allocates = func._schema.name in ("aten::empty_like", "aten::empty", "aten::new_empty", "aten::detach")
+        if allocates or any(not a.is_write for a in aliases):
+            return out
+        moved = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.numel() == self.numel]
+        self.bytes += sum(t.numel() * t.element_size() for t in moved)
+        self.operators += 1
+        return out
+
+
+def eager_passes(run: Callable[[], object], numel: int, element_size: int = 2) -> float:
+    """Passes of a forward and backward beside the frozen layer's own four (x, y, dY, dX once each)."""
+    with PassCounter(numel) as counter:
+        run()
+    return counter.bytes / (numel * element_size) - 4
+
+
+def peers(dropout_p: float, adapter: torch.dtype) -> Iterator[tuple[str, float]]:
+    """(name, extra passes) of each peer that has such a layer."""
+    width = 256  # unlike any other size here
+    case = LinearCase(
+        m=width, n=width, k=width, r=16, dtype=torch.bfloat16, weight="dense", adapter_dtype=adapter,
+        dropout_p=dropout_p,
+    )  # fmt: skip
+    i = case.inputs()
+    a, b = i.adapter()
+
+    def functional(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        operands = [t.detach().requires_grad_() for t in (i.x, a, b)]
+        return lambda: torch.autograd.grad(forward(*operands), operands, i.dy)
+
+    def peft() -> Callable[[], object]:
+        layer = peft_layer(i)
+        operands = [i.x.detach().requires_grad_(), *(getattr(layer, n)["default"].weight for n in ("lora_A", "lora_B"))]
+        return lambda: torch.autograd.grad(layer(operands[0]), operands, i.dy)
+
+    dropout = torch.nn.Dropout(dropout_p) if dropout_p else torch.nn.Identity()
+    for name, make in (
+        ("PEFT", peft),
+        ("PEFT's formula, eager", lambda: functional(eager_lora(i, dropout))),
+        ("addmm by hand, Unsloth's passes", lambda: functional(lora_as_unsloth(i))),
+        ("addmm by hand, as few as it can", lambda: functional(lora_by_addmm(i))),
+    ):
+        # The weight has an activation's number of elements here: its two reads are the frozen layer's, too.
+        with suppress(Unavailable):
+            yield name, eager_passes(make(), width * width) - 2
+
+
+def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict[str, KernelTraffic], int]]:
+    """(what, traffic by kernel, least bytes) of each skinny product of a bf16 activation [m, k]."""
+    x = torch.zeros(m, k, dtype=torch.bfloat16)
+    low, t = torch.zeros(r, k), torch.zeros(m, r)
+    drop = Dropout.of(dropout_p, torch.tensor(7) if dropout_p else None)
+    both = reads_once(x.dtype, r)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "S = drop(x) Aᵀ": (lambda: reduce_rows(x, low, drop), x.nbytes + low.nbytes + t.nbytes),
+        "dA = Tᵀ drop(x)": (
+            lambda: reduce_columns(x, t, drop, 2.0, torch.float32, rank_first=True), x.nbytes + t.nbytes + low.nbytes,
+        ),
+    }  # fmt: skip
+    if both:
+        calls["T = dY B and dB = dYᵀ S"] = (
+            lambda: reduce_both(x, low, t, 2.0, torch.float32), x.nbytes + 2 * low.nbytes + 2 * t.nbytes,
+        )  # fmt: skip
+    for name, (call, least) in calls.items():
+        with count_traffic(distinct=True) as traffic:
+            call()
+        yield name, traffic.kernels, least
+
+
+def markdown() -> str:
+    """The table."""
+    lines = [
+        "# Memory traffic of lora_linear, counted",
+        "",
+        "Written by `TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic`. No GPU is needed, and none was used.",
+        "",
+        f"## Skinny kernels, M = {M}, K = N = {WIDTH}, bf16, float32 adapter",
+        "",
+        "*requested*: bytes of every lane's load and store, repeats included (caches serve the small operand's).",
+        "*distinct*: each byte once a launch, what reaches memory if L2 serves every repeat. Least: the operands once,",
+        "the results once. T with dB pays for partial sums (of 128 programs, in float32), to save a second read of dY.",
+        "",
+        "| product | p | kernel | launches | requested | distinct | distinct of the product / least |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in (16, 64):
+        for p in (0.0, 0.1):
+            for name, kernels, least in skinny(M, WIDTH, r, p):
+                ratio = sum(k.distinct for k in kernels.values()) / least
+                for j, (kernel, k) in enumerate(kernels.items()):
+                    lines.append(
+                        f"| {f'{name}, r = {r}' if not j else ''} | {f'{p:g}' if not j else ''} | {kernel.strip('_')} "
+                        f"| {k.launches} | {k.total / 1e6:.1f} MB | {k.distinct / 1e6:.1f} MB "
+                        f"| {f'{ratio:.3f}' if not j else ''} |"
+                    )
+    lines += [
+        "",
+        "## Extra passes over activations, forward and backward, K = N, r = 16, bf16",
+        "",
+        "Ours are those that `interpreted/test_lora_linear.py` counts. A pass over a float32 copy of an activation",
+        "counts two, over a mask of bytes a half.",
+        "",
+        "| | p = 0, bf16 adapter | p = 0, float32 adapter | p = 0.1, bf16 adapter | p = 0.1, float32 adapter |",
+        "|---|---|---|---|---|",
+    ]
+    columns = list(itertools.product((0.0, 0.1), (torch.bfloat16, torch.float32)))
+    counted = [dict(peers(p, dtype)) for p, dtype in columns]
+    lines += [
+        f"| lora_ops, {route} | {' | '.join([str(n)] * 4)} |" for route, n in (("K-step route", 3), ("β=1 route", 7))
+    ]
+    for name in dict.fromkeys(name for column in counted for name in column):
+        cells = (f"{column[name]:g}" if name in column else "no dropout" for column in counted)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    install()
+    TABLE.write_text(markdown())
+    print(f"wrote {TABLE}")
