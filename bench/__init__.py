@@ -7,5 +7,5 @@ ceilings.py     copy bandwidth and GEMM speed of this machine, in the same run
 peers.py        dense torch, bitsandbytes, PEFT and torchao over the same operands
 by_hand.py, compiled.py         LoRA from separate torch calls (as Unsloth does it, too), and by torch.compile
 report.py, charts.py, files.py, environment.py      what is written, and where
-device/         the sections of the GPU suite
+device/         the sections of the GPU suite; tune.py measures the crossovers, graphs.py captures, aims.py judges
 """

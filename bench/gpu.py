@@ -3,6 +3,9 @@
 Sections run in a child process that saves after each piece of work. If it dies, hangs or breaks its CUDA context, that
 section is reported as failed and another child runs the rest. Results: bench/results/<gpu>/ (results.json, report.md
 and charts), rewritten after every section. Exit status: 0, 1 if a check or a section failed, 2 without a GPU.
+
+`--tune` measures which route of an op is faster from how many tokens on, and writes it to where lora_ops reads it
+(quant/crossovers.py). Without it the same is measured, used for the times that follow, and told in the report.
 """
 
 # ruff: noqa: E402
@@ -23,7 +26,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -34,6 +37,7 @@ from bench.environment import command_line, describe, slug
 from bench.files import write_json
 from bench.measure import Run
 from bench.report import write_report
+from lora_ops.quant import crossovers
 
 SILENCE_S = 120.0  # without a sign of life a section hangs: the largest comparison takes well under a minute
 GRACE_S = 30.0  # beyond the budget, for the piece of work in hand
@@ -45,11 +49,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds (480); what is left over is skipped")
     parser.add_argument("--sections", type=_sections, default=tuple(SECTIONS), help=f"of: {', '.join(SECTIONS)}")
     parser.add_argument("--output", type=Path, help="folder of the results; default bench/results/<gpu>/")
+    parser.add_argument("--tune", action="store_true", help="measure this GPU's crossovers; lora_ops uses them after")
     parser.add_argument("--dry-run", action="store_true", help="every section on the CPU with tiny shapes")
     parser.add_argument("--silence", type=float, default=SILENCE_S, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tune:
+        args.sections = ("tune",)
+    return args
 
 
 def _sections(text: str) -> tuple[str, ...]:
@@ -62,12 +70,18 @@ def _sections(text: str) -> tuple[str, ...]:
 def supervise(args: argparse.Namespace, folder: Path, about: dict) -> Run:
     """Run the sections in children until all are done or the time is up; report after each."""
     deadline = time.time() + args.budget
+
+    def report(run: Run) -> None:
+        if any(name.startswith("time") for name in args.sections):
+            run.aims = judge(run.rows)
+        write_report(folder, about, [run])
+
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "progress.json"
         write_json(path, asdict(Progress(Run(about.get("gpu") or "dry run on the CPU"))))
         left = list(args.sections)
         while left and time.time() < deadline:
-            status = _run_child(args, left, path, deadline, lambda: _report(folder, about, load_progress(path).run))
+            status = _run_child(args, left, path, deadline, lambda: report(load_progress(path).run))
             progress = load_progress(path)
             if status and progress.current:
                 # It ended inside a section, without the chance to say why.
@@ -83,13 +97,8 @@ def supervise(args: argparse.Namespace, folder: Path, about: dict) -> Run:
         run = load_progress(path).run
         skipped = [*load_progress(path).skipped, *left]
         run.notes += [f"- {name}: not run, its share of the {args.budget:g} s was spent" for name in skipped]
-    _report(folder, about, run)
+    report(run)
     return run
-
-
-def _report(folder: Path, about: dict, run: Run) -> None:
-    run.aims = judge(run.rows)
-    write_report(folder, about, [run])
 
 
 def _run_child(
@@ -137,12 +146,14 @@ def main(argv: list[str] | None = None) -> int:
     about = {**describe(), "command": command_line("bench.gpu", argv)}
     if args.output:
         folder = args.output
-    elif args.dry_run:
-        folder = Path(tempfile.mkdtemp(prefix="lora_ops_dry_run_"))
+    elif args.dry_run or args.tune:
+        folder = Path(tempfile.mkdtemp(prefix="lora_ops_bench_"))
     else:
         folder = ROOT / "bench" / "results" / slug(about["gpu"])
     run = supervise(args, folder, about)
     print(f"wrote {folder / 'report.md'}")
+    if args.tune:
+        _install(run, folder, about)
     for failure in run.failures:
         print(f"FAILED {failure['section']}: {failure['reason'].strip().splitlines()[-1]}")
     for check in run.checks:
@@ -155,6 +166,19 @@ def main(argv: list[str] | None = None) -> int:
         if row.bad:
             print(f"{row.status.upper()} {row.where}: {row.reason}")
     return int(run.bad)
+
+
+def _install(run: Run, folder: Path, about: dict) -> None:
+    """Write the crossovers where lora_ops reads them; what could not be measured keeps its value."""
+    name = about.get("gpu") or run.name
+    path = folder / "crossovers.json" if "gpu" not in about else crossovers.table_path()
+    if run.bad or not run.crossovers:
+        print(f"{path}: not written, because {'a route is wrong or broke' if run.bad else 'nothing was measured'}")
+        return
+    entry = replace(crossovers.of(name), **run.crossovers)
+    crossovers.write(path, name, entry)
+    print(f"wrote {path}, which lora_ops reads from now on.")
+    print(f"For all who have this chip, a line of MEASURED in quant/crossovers.py:\n    {name!r}: {entry},")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,7 @@ class Run:
     failures: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     aims: list[dict[str, Any]] = field(default_factory=list)
+    crossovers: dict[str, int] = field(default_factory=dict)
 
     @property
     def bad(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from lora_ops import _native
 from lora_ops._dispatch import BACKENDS, current_backend
+from lora_ops.quant import crossovers
 from lora_ops.version import __version__
 
 # What the absence of a backend means to somebody on such a device.
@@ -51,6 +52,8 @@ def doctor() -> str:
         else:
             cost = "" if reason == "no GPU" else f"\n{'':>22}costs: {COSTS[backend.name]}"
             lines.append(f"  missing  {backend.name:<10} {reason}{cost}")
+    if torch.cuda.is_available():
+        lines.append(f"routes by {crossovers.source(gpu)}; `python3 -m bench.gpu --tune` in a checkout measures them")
     lines += ["", "extras"]
     for extra, packages in EXTRAS.items():
         versions = {package: _version(package) for package in packages}

@@ -1,7 +1,8 @@
 """Where one route of an op beats another on a GPU: a table by chip, measured, with a default where it is not.
 
-Every route gives right results at every shape, so an entry is a matter of speed alone. A measurement writes its
-entries to a JSON file, {"NVIDIA H200": {"nf4_gemm_max_m": 192, ...}, ...}, which LORA_OPS_CROSSOVERS names.
+Every route gives right results at every shape, so an entry is a matter of speed alone. `python3 -m bench.gpu --tune`
+measures this machine's and writes it to a JSON file, {"NVIDIA H200": {"nf4_gemm_max_m": 192, ...}, ...}, which is read
+from then on: `table_path()`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +45,7 @@ _forced: list[dict[str, int]] = []
 
 def crossovers(device: torch.device) -> Crossovers:
     """The table's entry for a device, after what `force` says."""
-    entry = _entry(torch.cuda.get_device_name(device)) if device.type == "cuda" else DEFAULT
+    entry = of(torch.cuda.get_device_name(device)) if device.type == "cuda" else DEFAULT
     for changes in _forced:
         entry = replace(entry, **changes)
     return entry
@@ -60,16 +62,58 @@ def force(**changes: int) -> Iterator[None]:
         _forced.remove(changes)
 
 
+def table_path() -> Path:
+    """The file of entries measured here: LORA_OPS_CROSSOVERS, or lora_ops/crossovers.json in the user's cache."""
+    if path := os.environ.get("LORA_OPS_CROSSOVERS"):
+        return Path(path)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "lora_ops" / "crossovers.json"
+
+
 def write(path: Path, device_name: str, entry: Crossovers) -> None:
-    """Add a chip's measured entry to a JSON file, in the format that LORA_OPS_CROSSOVERS reads."""
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(table | {device_name: asdict(entry)}, indent=2) + "\n")
+    """Add a chip's measured entry to a file of the kind that `table_path` names; the other chips' stay."""
+    table = _read(path) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(table | {device_name: asdict(entry)}, indent=2) + "\n")
+    os.replace(beside, path)  # a reader never sees half a table
+    _lookup.cache_clear()
+
+
+def of(device_name: str) -> Crossovers:
+    """A chip's entry."""
+    return _lookup(device_name)[0]
+
+
+def source(device_name: str) -> str:
+    """Where a chip's entry comes from, in words."""
+    return _lookup(device_name)[1]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    table = json.loads(path.read_text())
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a JSON object of chips, got {type(table).__name__}")
+    return table
+
+
+def _parse(entry: dict[str, Any]) -> Crossovers:
+    if wrong := [name for name, value in entry.items() if not isinstance(value, int)]:
+        raise ValueError(f"{wrong[0]}: expected a number of tokens, got {entry[wrong[0]]!r}")
+    return Crossovers(**entry)  # a TypeError names a field that does not exist
 
 
 @functools.cache
-def _entry(device_name: str) -> Crossovers:
-    path = os.environ.get("LORA_OPS_CROSSOVERS")
-    table = json.loads(Path(path).read_text()) if path else {}
-    if device_name in table:
-        return Crossovers(**table[device_name])
-    return MEASURED.get(device_name, DEFAULT)
+def _lookup(device_name: str) -> tuple[Crossovers, str]:
+    """A chip's entry and where it comes from; a file that cannot be used is told once and costs speed, not results."""
+    path = table_path()
+    try:
+        # A file that was named must be there; the one in the cache need not.
+        table = _read(path) if path.exists() or os.environ.get("LORA_OPS_CROSSOVERS") else {}
+        if device_name in table:
+            return _parse(table[device_name]), f"a measurement on this machine, {path}"
+    except (OSError, TypeError, ValueError) as error:
+        warnings.warn(f"lora_ops: crossovers are not read from {path}: {error}", stacklevel=2)
+    if device_name in MEASURED:
+        return MEASURED[device_name], "a measurement on such a chip"
+    return DEFAULT, "defaults that were not measured on this chip"

@@ -12,18 +12,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from bench.ceilings import Ceilings, measure_ceilings
-from bench.clocks import Clock
+from bench.ceilings import measure_ceilings
 from bench.device.checks import CHECKS, Check
+from bench.device.context import Context
 from bench.device.discover import backends_of, registered_ops
 from bench.device.graphs import CAPTURES, SYNCHRONIZES
+from bench.device.tune import tune
 from bench.environment import exception_line
 from bench.measure import Run, measure, one_line
 from bench.peers import notes
 from bench.plan import Effort, Plan
 from bench.suites import GPU_SUITES, SUITES
 from lora_ops import BackendError, use_backend
-from lora_ops._dispatch import Op
+from lora_ops._dispatch import OPS, Op
+from lora_ops.quant.crossovers import force
 
 PLAN = Plan(
     device="cuda",
@@ -46,29 +48,6 @@ DRY_PLAN = Plan(
     compiler="aot_eager",
     effort=Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup=0),
 )
-
-
-@dataclass
-class Context:
-    """What a section works with.
-
-    Attributes:
-        plan, clock: shapes, device and how to time.
-        run: where results go.
-        dry: tiny sizes, to try the suite without a GPU.
-    """
-
-    plan: Plan
-    clock: Clock
-    run: Run
-    dry: bool = False
-
-    @property
-    def ceilings(self) -> Ceilings:
-        """As measured; infinite where that section failed, so that the others still run."""
-        return (
-            Ceilings(**self.run.ceilings) if self.run.ceilings else Ceilings(float("inf"), float("inf"), float("inf"))
-        )
 
 
 def with_backends(plan: Plan) -> Plan:
@@ -176,14 +155,25 @@ def _unchecked(context: Context) -> Iterator[str]:
             yield f"{op.name} is not captured"
 
 
+def _tune(context: Context) -> Iterator[str]:
+    """The crossovers of this GPU, with which the times that follow are taken."""
+    lead = OPS["nf4_linear"]
+    if not context.dry and backends_of(lead, context.plan.device).get("triton", "no such backend"):
+        context.run.notes.append("- crossovers: not measured, the Triton backend is not available")
+        yield "no routes to choose from"
+        return
+    yield from tune(context)
+
+
 def _timing(op: str) -> Section:
     def run(context: Context) -> Iterator[str]:
         plan, clock = context.plan, context.clock
-        for comparison in {**SUITES, **GPU_SUITES}[op](plan):
-            begin = time.perf_counter()
-            rows = measure(comparison, clock, context.ceilings, plan.effort)
-            context.run.rows += rows
-            yield f"{comparison.id}: {one_line(rows)}; took {time.perf_counter() - begin:.1f} s"
+        with force(**context.run.crossovers):
+            for comparison in {**SUITES, **GPU_SUITES}[op](plan):
+                begin = time.perf_counter()
+                rows = measure(comparison, clock, context.ceilings, plan.effort)
+                context.run.rows += rows
+                yield f"{comparison.id}: {one_line(rows)}; took {time.perf_counter() - begin:.1f} s"
 
     run.__doc__ = f"Times of {op}."
     return run
@@ -209,6 +199,7 @@ def _register() -> None:
         for ops in groups.values():
             name = ops[0].name
             section(f"{verb} {name}", _share(verb, name))(_checking(table[name], ops, captured=verb == "capture"))
+    section("tune", 6.0)(_tune)
     for op_name in [*sorted(SUITES, key=_weight), *GPU_SUITES]:
         section(f"time {op_name}", _share("time", op_name))(_timing(op_name))
 

@@ -30,7 +30,7 @@ def forward_backward(plan: Plan) -> Iterator[Comparison]:
     for (n, k), m, r in itertools.product(plan.lora_shapes, plan.lora_tokens, plan.ranks):
         for weight, adapter, p in itertools.product(("dense", "nf4"), plan.adapter_dtypes, plan.dropouts):
             case = LinearCase(m, n, k, r, plan.dtype, weight=weight, adapter_dtype=adapter, dropout_p=p)
-            yield _comparison(plan, case.inputs(plan.device))
+            yield compare(plan, case.inputs(plan.device))
 
 
 def generation(plan: Plan) -> Iterator[Comparison]:
@@ -69,10 +69,11 @@ def compiled(plan: Plan) -> Iterator[Comparison]:
     (n, k), m, r = plan.lora_shapes[0], plan.lora_tokens[0], plan.ranks[0]
     for adapter, p in itertools.product(plan.adapter_dtypes, plan.dropouts):
         case = LinearCase(m, n, k, r, plan.dtype, weight="dense", adapter_dtype=adapter, dropout_p=p)
-        yield _comparison(plan, case.inputs(plan.device), with_compiler=True)
+        yield compare(plan, case.inputs(plan.device), with_compiler=True)
 
 
-def _comparison(plan: Plan, i: LinearInputs, *, with_compiler: bool = False) -> Comparison:
+def compare(plan: Plan, i: LinearInputs, *, with_compiler: bool = False) -> Comparison:
+    """Contenders for forward and backward over these operands."""
     c, judge = i.case, Judge(i)
     m, n, k, r = c.m, c.n, c.k, c.r
     a0, b0 = i.adapter()

@@ -26,10 +26,11 @@ def _inputs(plan: Plan) -> Iterator[LinearInputs]:
 def forward(plan: Plan) -> Iterator[Comparison]:
     """The forward without autograd."""
     for inputs in _inputs(plan):
-        yield _forward(plan, inputs)
+        yield compare_forward(plan, inputs)
 
 
-def _forward(plan: Plan, i: LinearInputs) -> Comparison:
+def compare_forward(plan: Plan, i: LinearInputs) -> Comparison:
+    """Contenders for y over these operands."""
     judge = Judge(i)
 
     def contender(run: Callable[[], Tensor], weight_bytes: int) -> Contender:
@@ -85,10 +86,11 @@ def _repacks() -> bool:
 def dx(plan: Plan) -> Iterator[Comparison]:
     """The backward alone, through autograd: the graph of one forward is kept."""
     for inputs in _inputs(plan):
-        yield _dx(plan, inputs)
+        yield compare_dx(plan, inputs)
 
 
-def _dx(plan: Plan, i: LinearInputs) -> Comparison:
+def compare_dx(plan: Plan, i: LinearInputs) -> Comparison:
+    """Contenders for dX over these operands."""
     judge = Judge(i)
 
     def contender(forward: Callable[[Tensor], Tensor], weight_bytes: int) -> Contender:
