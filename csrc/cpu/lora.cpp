@@ -33,7 +33,8 @@ bool is_valid(const lora_ops_adapter* adapter) {
 constexpr double kWorkPerThread = 1 << 15;
 
 int useful_threads(const lora_ops_adapter& adapter, int64_t m, int n_threads) {
-    const double work = static_cast<double>(m) * static_cast<double>(adapter.r) * static_cast<double>(adapter.n + adapter.k);
+    const double columns = static_cast<double>(adapter.n) + static_cast<double>(adapter.k);
+    const double work = static_cast<double>(m) * static_cast<double>(adapter.r) * columns;
     return static_cast<int>(std::max(1.0, std::min(static_cast<double>(n_threads), work / kWorkPerThread)));
 }
 
@@ -80,7 +81,8 @@ int lora_ops_lora_backward(const lora_ops_adapter* adapter, const void* dy, int6
         return LORA_OPS_OK;
     }
     const int threads = useful_threads(*adapter, m, n_threads);
-    return kernels().backward({*adapter, m, dtype, dy, stride_dy, x, stride_x, s, dx, stride_dx, da, db, dbias, threads});
+    return kernels().backward(
+        {*adapter, m, dtype, dy, stride_dy, x, stride_x, s, dx, stride_dx, da, db, dbias, threads});
 }
 
 int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, int64_t first_row, int64_t rows,

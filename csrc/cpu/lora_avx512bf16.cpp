@@ -20,7 +20,8 @@ inline __mmask32 kept32(int64_t n, const uint8_t* bits, int64_t column) {
 inline __m512i load32(const BF16* x, __mmask32 kept) { return _mm512_maskz_loadu_epi16(kept, x); }
 template <class T>
 inline __m512i load32(const T* x, __mmask32 kept) {
-    const __m512 low = load16(x, static_cast<__mmask16>(kept)), high = load16(x + 16, static_cast<__mmask16>(kept >> 16));
+    const __m512 low = load16(x, static_cast<__mmask16>(kept));
+    const __m512 high = load16(x + 16, static_cast<__mmask16>(kept >> 16));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
@@ -73,7 +74,9 @@ struct Avx512Bf16 : Avx512Float {
 #pragma GCC unroll 2
         for (int j = 0; j < J; j += 2) {
             const __m512 low = load16(y + 16 * j, 0xffff), high = load16(y + 16 * j + 16, 0xffff);
-            const __m512i sum = (__m512i)_mm512_cvtne2ps_pbh(_mm512_add_ps(high, sums[j + 1]), _mm512_add_ps(low, sums[j]));
+            const __m512bh rounded =
+                _mm512_cvtne2ps_pbh(_mm512_add_ps(high, sums[j + 1]), _mm512_add_ps(low, sums[j]));
+            const __m512i sum = (__m512i)rounded;
             if (bits) {
                 _mm512_mask_storeu_epi16(y + 16 * j, kept32(16 * J, bits, 16 * j), sum);
             } else {

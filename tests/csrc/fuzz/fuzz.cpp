@@ -47,7 +47,8 @@ void nf4_codec(Random& random) {
     Bytes packed(random, (n + 1) / 2);
     Matrix absmax(random, LORA_OPS_F32, 1, blocks);
     const int threads = static_cast<int>(random.integer(1, 3));
-    FUZZ_CHECK(lora_ops_nf4_quantize(w.data(), dtype, n, block, packed.data(), absmax.floats(), threads) == LORA_OPS_OK);
+    FUZZ_CHECK(lora_ops_nf4_quantize(w.data(), dtype, n, block, packed.data(), absmax.floats(), threads) ==
+               LORA_OPS_OK);
 
     // Decode some range, with plain or nested scales.
     Bytes codes(random, blocks);

@@ -1,0 +1,200 @@
+// Included by lora.inl: dS, dA, dB, db and what is added to dX.
+#pragma once
+
+namespace lora_ops {
+namespace {
+
+template <class V>
+template <class T>
+int Lora<V>::backward(const LoraBackward& g) {
+    const lora_ops_adapter& adapter = g.adapter;
+    const int64_t n = adapter.n, k = adapter.k, r = adapter.r, m_all = g.m, lanes = round_up(r, kLanes);
+    const int64_t n_padded = round_up(n, kBlock), k_padded = round_up(k, kBlock);
+    const bool drop = adapter.threshold > 0, needs_ds = g.da || g.dx, needs_sums = g.db || g.dbias;
+    // A last row of ones beside S turns the product that gives dB into one that gives dbias, too.
+    const int64_t b_rows = (g.db ? r : 0) + (g.dbias ? 1 : 0), b_lanes = round_up(b_rows, kLanes);
+    const int64_t tiles_n = (n + kTileColumns - 1) / kTileColumns, groups = std::min(kGroups, tiles_n);
+    const T *const dy = static_cast<const T*>(g.dy), *const x = static_cast<const T*>(g.x);
+    T* const dx = static_cast<T*>(g.dx);
+
+    Scratch sizes;
+    const size_t scratch_bytes = sizes.place(nullptr, std::max(lanes, b_lanes));
+    uint32_t *a_panel, *b_panel, *s_left, *ds_left, *ds_pairs;
+    float *ds_parts, *da_sums, *db_sums;
+    char* scratches;
+    const auto place = [&](void* memory) {
+        Arena arena(memory);
+        a_panel = arena.take<uint32_t>(g.dx ? elements(r) * k_padded : 0);       // [R, K]
+        b_panel = arena.take<uint32_t>(needs_ds ? elements(n) * lanes : 0);      // [N, R]
+        s_left = arena.take<uint32_t>(kSuperRows / kPair * b_lanes);             // [rows, R]
+        ds_left = arena.take<uint32_t>(kSuperRows * lanes / kPair);              // [rows, R], pairs along R
+        ds_pairs = arena.take<uint32_t>(kSuperRows / kPair * lanes);             // [rows, R], pairs along rows
+        ds_parts = arena.take<float>(needs_ds ? groups * kSuperRows * lanes : 0);
+        da_sums = arena.take<float>(g.da ? round_up(r, 4) * k_padded : 0);       // [R, K]
+        db_sums = arena.take<float>(round_up(b_rows, 4) * n_padded);             // [R, N]
+        scratches = arena.take<char>(static_cast<int64_t>(scratch_bytes) * g.n_threads);
+        return arena.used();
+    };
+    void* const memory = lora_workspace(place(nullptr));
+    if (!memory) return LORA_OPS_NO_MEMORY;
+    place(memory);
+
+#pragma omp parallel num_threads(g.n_threads)
+    {
+        Scratch my;
+        my.place(scratches + scratch_bytes * static_cast<size_t>(thread_number()), std::max(lanes, b_lanes));
+        typename V::Mask mask(mask_key(adapter));
+        if (g.dx) {
+#pragma omp for schedule(static) nowait
+            for (int64_t p = 0; p < elements(r); ++p) {
+                with_type(adapter.a, adapter.a_dtype,
+                          [&](auto* a) { pack_summed_rows(a, r, k, p, p + 1, a_panel, k_padded); });
+            }
+        }
+        if (needs_ds) {
+#pragma omp for schedule(static) nowait
+            for (int64_t p = 0; p < elements(n); ++p) {
+                with_type(adapter.b, adapter.b_dtype,
+                          [&](auto* b) { pack_summed_rows(b, n, r, p, p + 1, b_panel, lanes); });
+            }
+        }
+        for (int64_t m0 = 0; m0 < m_all; m0 += kSuperRows) {
+            const int64_t rows_all = std::min(kSuperRows, m_all - m0);
+            if (needs_sums) {
+#pragma omp for schedule(static) nowait
+                for (int64_t m = 0; m < rows_all; m += kTileRows) {
+                    const int64_t rows = std::min(kTileRows, rows_all - m);
+                    for (int64_t i = 0; i < rows; ++i) {
+                        float* const row = my.sums + i * b_lanes;
+                        for (int64_t j = 0; g.db && j < r; ++j) row[j] = g.s[(m0 + m + i) * r + j] * adapter.scale;
+                        if (g.dbias) row[b_rows - 1] = 1.0f;
+                    }
+                    for (int64_t i = 0; i < rows; i += kPair) {
+                        pack_together(my.sums + i * b_lanes, b_lanes, rows - i, b_rows, nullptr,
+                                      s_left + (m + i) / kPair * b_lanes, b_lanes);
+                    }
+                }
+            }
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t group = 0; group < groups; ++group) {
+                float* const ds = ds_parts + group * kSuperRows * lanes;
+                const int64_t first = tiles_n * group / groups, last = tiles_n * (group + 1) / groups;
+                for (int64_t t = first; t < last; ++t) {
+                    const int64_t c = t * kTileColumns, columns = std::min(kTileColumns, n - c);
+                    for (int64_t m = 0; m < rows_all; m += kTileRows) {
+                        const int64_t rows = std::min(kTileRows, rows_all - m), padded_rows = round_up(rows, 16);
+                        const T* const from = dy + (m0 + m) * g.dy_stride + c;
+                        for (int64_t i = kTileRows; i < std::min(2 * kTileRows, rows_all - m); ++i) {
+                            prefetch(from + i * g.dy_stride, columns);
+                        }
+                        if (needs_ds || kPair == 1) {
+                            for (int64_t i = 0; i < padded_rows; ++i) {
+                                V::pack_row(from + i * g.dy_stride, i < rows ? columns : 0, nullptr,
+                                            my.tile + i * kTileElements, kTileColumns);
+                            }
+                        }
+                        if (needs_ds) {
+                            // [rows, N] @ [N, R] -> [rows, R]
+                            product<V>(padded_rows, lanes, elements(columns), my.tile, Fixed<kTileElements>(),
+                                       Fixed<1>(), b_panel + c / kPair * lanes, lanes, ds + m * lanes, lanes,
+                                       t > first);
+                        }
+                        if (needs_sums) {
+                            for (int64_t i = 0; i < rows && kPair > 1; i += kPair) {
+                                pack_together(from + i * g.dy_stride, g.dy_stride, rows - i, columns, nullptr,
+                                              my.pairs + i / kPair * kPairsRow, kTileColumns);
+                            }
+                            // [R, rows] @ [rows, N] -> [R, N]
+                            product<V>(round_up(b_rows, 4), round_up(columns, kBlock), elements(rows),
+                                       s_left + m / kPair * b_lanes, Fixed<1>(), b_lanes, my.pairs, kPairsRow,
+                                       db_sums + c, n_padded, m0 + m > 0);
+                        }
+                    }
+                }
+            }
+            if (!needs_ds) continue;
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < rows_all; m += kTileRows) {
+                const int64_t rows = std::min(kTileRows, rows_all - m), padded_rows = round_up(rows, 16);
+                for (int64_t i = 0; i < rows * lanes; ++i) {
+                    float sum = 0.0f;
+                    for (int64_t group = 0; group < groups; ++group) {
+                        sum += ds_parts[(group * kSuperRows + m) * lanes + i];
+                    }
+                    my.sums[i] = sum * (adapter.scale * keep_scale(adapter));
+                }
+                for (int64_t i = 0; i < padded_rows; ++i) {
+                    V::pack_row(my.sums + i * lanes, i < rows ? r : 0, nullptr, ds_left + (m + i) * lanes / kPair,
+                                lanes);
+                }
+                for (int64_t i = 0; i < rows; i += kPair) {
+                    pack_together(my.sums + i * lanes, lanes, rows - i, r, nullptr, ds_pairs + (m + i) / kPair * lanes,
+                                  lanes);
+                }
+            }
+#pragma omp for schedule(static) nowait
+            for (int64_t c = 0; c < k; c += kTileColumns) {
+                const int64_t columns = std::min(kTileColumns, k - c);
+                if (drop) mask.start(c);
+                for (int64_t m = 0; m < rows_all; m += kTileRows) {
+                    const int64_t rows = std::min(kTileRows, rows_all - m);
+                    for (int64_t i = kTileRows; i < std::min(2 * kTileRows, rows_all - m); ++i) {
+                        if (g.da) prefetch(x + (m0 + m + i) * g.x_stride + c, columns);
+                    }
+                    for (int64_t i = 0; drop && i < rows; ++i) mask.row(m0 + m + i, my.bits + i * kMaskBytes);
+                    if (g.da) {
+                        for (int64_t i = 0; i < rows; i += kPair) {
+                            pack_together(x + (m0 + m + i) * g.x_stride + c, g.x_stride, rows - i, columns,
+                                          drop ? my.bits + i * kMaskBytes : nullptr,
+                                          my.pairs + i / kPair * kPairsRow, kTileColumns);
+                        }
+                        // [R, rows] @ [rows, K] -> [R, K]
+                        product<V>(round_up(r, 4), round_up(columns, kBlock), elements(rows),
+                                   ds_pairs + m / kPair * lanes, Fixed<1>(), lanes, my.pairs, kPairsRow, da_sums + c,
+                                   k_padded, m0 + m > 0);
+                    }
+                    if (g.dx) {
+                        // [rows, R] @ [R, K] -> [rows, K]
+                        add_product(dx + (m0 + m) * g.dx_stride, g.dx_stride, rows, c, c + columns, elements(r),
+                                    ds_left + m * lanes / kPair, lanes / kPair, a_panel, k_padded,
+                                    drop ? my.bits : nullptr);
+                    }
+                }
+            }
+        }
+#pragma omp barrier
+        if (g.da) {
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < r; ++i) {
+                with_type(g.da, adapter.a_dtype, [&](auto* da) {
+                    using A = std::remove_const_t<std::remove_pointer_t<decltype(da)>>;
+                    for (int64_t c = 0; c < k; ++c) {
+                        const_cast<A*>(da)[i * k + c] = round_to<A>(da_sums[i * k_padded + c]);
+                    }
+                });
+            }
+        }
+        if (needs_sums) {
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < n; first += kBlock) {
+                const int64_t end = std::min(n, first + kBlock);
+                with_type(g.db, adapter.b_dtype, [&](auto* db) {
+                    using B = std::remove_const_t<std::remove_pointer_t<decltype(db)>>;
+                    for (int64_t i = 0; g.db && i < r; ++i) {
+                        for (int64_t c = first; c < end; ++c) {
+                            const_cast<B*>(db)[c * r + i] = round_to<B>(db_sums[i * n_padded + c]);
+                        }
+                    }
+                });
+                for (int64_t c = first; g.dbias && c < end; ++c) {
+                    static_cast<T*>(g.dbias)[c] = round_to<T>(db_sums[(b_rows - 1) * n_padded + c]);
+                }
+            }
+        }
+    }
+    return LORA_OPS_OK;
+}
+
+}  // namespace
+}  // namespace lora_ops

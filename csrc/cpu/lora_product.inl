@@ -1,0 +1,135 @@
+// C[i, j] += sum over p of L[i, p] R[p, j], with 32-bit elements: floats, or pairs of bfloat16 that are neighbours along
+// the summed dimension. L is broadcast element by element; R and C are vectors.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace lora_ops {
+namespace {
+
+constexpr int64_t kLanes = 16;  // R is padded to a multiple where it is the vector dimension
+constexpr int64_t kBlock = 64;  // columns of C that a product handles at once
+
+// Terms that a product sums before it adds them to C. In one running sum of fp32 the error would grow with the root of
+// all terms; torch's own products are blocked, too.
+constexpr int64_t kTerms = 64;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A stride of L that the compiler knows: 16 rows need 16 addresses, more than there are registers.
+template <int64_t N>
+using Fixed = std::integral_constant<int64_t, N>;
+
+// V is an instruction set: V::F holds V::kWidth floats.
+template <class V, int I, int J, class LI, class LP>
+inline __attribute__((always_inline)) void tile_sums(int64_t count, const uint32_t* l, LI l_i, LP l_p,
+                                                     const uint32_t* r, int64_t r_p, typename V::F (&sum)[I][J]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) sum[i][j] = V::zero();
+    }
+    for (int64_t p = 0; p < count; ++p) {
+        typename V::F right[J];
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) right[j] = V::load(r + p * r_p + j * V::kWidth);
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) {
+            const typename V::F left = V::broadcast(l + i * l_i + p * l_p);
+#pragma GCC unroll 4
+            for (int j = 0; j < J; ++j) sum[i][j] = V::multiply_add(sum[i][j], left, right[j]);
+        }
+    }
+}
+
+template <class V, int I, int J, class LI, class LP>
+inline void product_tile(int64_t count, const uint32_t* l, LI l_i, LP l_p, const uint32_t* r, int64_t r_p,
+                         float* c, int64_t c_i, bool add) {
+    typename V::F sum[I][J];
+    tile_sums<V>(count, l, l_i, l_p, r, r_p, sum);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) {
+            float* const out = c + i * c_i + j * V::kWidth;
+            V::store(out, add ? V::load(out) + sum[i][j] : sum[i][j]);
+        }
+    }
+}
+
+template <class V, int I, int J, class LI, class LP>
+inline void product_columns(int64_t n_i, int64_t count, const uint32_t* l, LI l_i, LP l_p, const uint32_t* r,
+                            int64_t r_p, float* c, int64_t c_i, bool add) {
+    for (int64_t p = 0; p < count; p += kTerms) {
+        for (int64_t i = 0; i < n_i; i += I) {
+            product_tile<V, I, J>(std::min(kTerms, count - p), l + i * l_i + p * l_p, l_i, l_p, r + p * r_p, r_p,
+                                  c + i * c_i, c_i, add || p > 0);
+        }
+    }
+}
+
+// C [n_i, n_j] (+)= L R. n_j is a multiple of kLanes, n_i one of 16, or of 4 if n_j is one of kBlock. AVX-512 tiles
+// have 16 sums or more, which hides the latency of the multiply-add.
+template <class V, class LI, class LP>
+void product(int64_t n_i, int64_t n_j, int64_t count, const uint32_t* l, LI l_i, LP l_p, const uint32_t* r,
+             int64_t r_p, float* c, int64_t c_i, bool add) {
+    const auto columns = [&](auto tile, int64_t j) { tile(n_i, count, l, l_i, l_p, r + j, r_p, c + j, c_i, add); };
+    int64_t j = 0;
+    if constexpr (V::kWidth == 16) {
+        for (; j + 64 <= n_j; j += 64) columns(product_columns<V, 4, 4, LI, LP>, j);
+        if (n_j - j == 48) columns(product_columns<V, 8, 3, LI, LP>, j);
+        if (n_j - j == 32) columns(product_columns<V, 8, 2, LI, LP>, j);
+        if (n_j - j == 16) columns(product_columns<V, 16, 1, LI, LP>, j);
+    } else {
+        constexpr int kI = V::kWidth == 8 ? 4 : 2;
+        for (; j < n_j; j += 16) columns(product_columns<V, kI, 16 / V::kWidth, LI, LP>, j);
+    }
+}
+
+// out [columns, rows] = in [rows, columns]; rows is a multiple of 16, and in can be read up to 16 columns further.
+template <class V>
+void transpose(const uint32_t* in, int64_t in_row, int64_t rows, int64_t columns, uint32_t* out, int64_t out_row) {
+    for (int64_t r = 0; r < rows; r += 16) {
+        for (int64_t c = 0; c < columns; c += 16) {
+            const int64_t n = std::min<int64_t>(16, columns - c);
+            if constexpr (V::kWidth == 16) {
+                V::transpose16(in + r * in_row + c, in_row, n, out + c * out_row + r, out_row);
+            } else {
+                for (int64_t j = c; j < c + n; ++j) {
+                    for (int64_t i = r; i < r + 16; ++i) out[j * out_row + i] = in[i * in_row + j];
+                }
+            }
+        }
+    }
+}
+
+// The sum of a [n] b [n], n a multiple of 64, as the lanes of a vector.
+template <class V>
+typename V::F dot(const uint32_t* a, const uint32_t* b, int64_t n) {
+    typename V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int64_t i = 0; i < n; i += 4 * V::kWidth) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const int64_t at = i + j * V::kWidth;
+            sums[j] = V::multiply_add(sums[j], V::load(a + at), V::load(b + at));
+        }
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class V>
+float sum_of_lanes(typename V::F v) {
+    float lanes[V::kWidth];
+    V::store(lanes, v);
+    for (int n = V::kWidth / 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    }
+    return lanes[0];
+}
+
+}  // namespace
+}  // namespace lora_ops
