@@ -140,16 +140,18 @@ struct Bf16Engine {
     static void aligned_panel_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         const int64_t row_bytes = g.k / 2, ahead = kAhead < row_bytes ? kAhead : row_bytes;
         alignas(64) uint16_t buffer[16][64];
+        float scales[16][kDepth / 64];
         const Mixed mixed;
         for (int vector = 0; vector < kVectors; ++vector) {
             const int64_t first = (column + 16 * vector) * g.k + begin;
+            for (int i = 0; i < 16; ++i) scales_of_64(g.w, first + i * g.k, depth / 64, scales[i]);
             for (int64_t k = 0; k < depth; k += 64) {
                 const uint8_t* packed = g.w.packed + (first + k) / 2;
                 const uint8_t* soon = packed + ahead;
                 if (begin + k + 2 * ahead >= g.k) soon += 15 * row_bytes;  // of the next 16 rows
                 for (int i = 0; i < 16; ++i) {
                     if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(soon + i * row_bytes), _MM_HINT_T0);
-                    const __m512i table = bf16_table(nf4_absmax(g.w, (first + i * g.k + k) / g.w.block_size));
+                    const __m512i table = bf16_table(scales[i][k / 64]);
                     _mm512_store_si512(buffer[i], mixed.decode(table, packed + i * row_bytes));
                     _mm512_store_si512(buffer[i] + 32, mixed.decode(table, packed + i * row_bytes + 16));
                 }
@@ -167,13 +169,13 @@ struct Bf16Engine {
     static void aligned_panel_of_columns(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth,
                                          uint16_t* panel) {
         const Mixed mixed;
+        BlockWalk block(g.w, begin * g.k + column, g.k);
         for (int64_t i = 0; i < depth; i += 2) {
             __m512i row[2][2];
             for (int j = 0; j < 2; ++j) {
-                const int64_t first = (begin + i + j) * g.k + column;
-                const uint8_t* packed = g.w.packed + first / 2;
+                const uint8_t* packed = g.w.packed + ((begin + i + j) * g.k + column) / 2;
                 _mm_prefetch(reinterpret_cast<const char*>(packed + kRowsAhead * (g.k / 2)), _MM_HINT_T0);
-                const __m512i table = bf16_table(nf4_absmax(g.w, first / g.w.block_size));
+                const __m512i table = bf16_table(nf4_absmax(g.w, block.next()));
                 row[j][0] = mixed.decode(table, packed);
                 row[j][1] = mixed.decode(table, packed + 16);
             }
@@ -317,9 +319,15 @@ struct Bf16Engine {
 };
 
 // A few rows of x: every decoded vector of 32 weights is multiplied at once with all of them, along K, and dropped.
+//
+// What limits one row is how many lines of W are on their way from memory. Rows of W that are worked on together are
+// therefore far apart, each the head of a stream of its own for the hardware's prefetcher, with a fetch ahead of it
+// that reaches over the end of a row. 4096 x 4096 from memory on two Zen 5 cores: 0.20 ms with neighbouring rows, 0.14
+// with streams, as from the cache; reading alone takes 0.08, decoding and multiplying 0.13.
 constexpr int kMostDotRows = 8;
-constexpr int64_t kDotColumns = 32;  // rows of W in a task
-constexpr int64_t kDotSpan = 4096;   // elements of a row whose scales are fetched at once
+constexpr int64_t kDotColumns = 192;  // rows of W in a task: streams of 48 or 64
+constexpr int64_t kDotSpan = 4096;    // elements of a row whose scales are fetched at once
+constexpr int64_t kDotAhead = 4096;   // bytes between a fetch and its use
 
 inline void write_dot(const Nf4Gemm& g, int64_t i, int64_t column, __m512 sums) {
     float sum = _mm512_reduce_add_ps(sums);
@@ -327,37 +335,40 @@ inline void write_dot(const Nf4Gemm& g, int64_t i, int64_t column, __m512 sums) 
     static_cast<BF16*>(g.out)[i * g.stride_out + column] = round_to<BF16>(sum);
 }
 
-// `rows` rows of W, with K and the block size multiples of 64; x [m, K] is mixed.
+// Columns column + r * apart of y, r < rows, with K and the block size multiples of 64; x [m, K] is mixed.
 template <int m, int rows>
-void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column) {
+void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column, int64_t apart) {
     const Mixed mixed;
     __m512 sum[m][rows];
     for (int i = 0; i < m; ++i) {
         for (int r = 0; r < rows; ++r) sum[i][r] = _mm512_setzero_ps();
     }
-    alignas(64) float scales[rows][kDotSpan / 64];
+    float buffer[rows][kDotSpan / 64];
     for (int64_t begin = 0; begin < g.k; begin += kDotSpan) {
         const int64_t n = lesser(kDotSpan, g.k - begin);
+        const uint8_t* packed[rows];
+        const float* scales[rows];
         for (int r = 0; r < rows; ++r) {
-            const int64_t first = (column + r) * g.k + begin;
-            if (g.w.block_size == 64) {
-                nf4_scales(g.w, first / 64, n / 64, scales[r]);
+            const int64_t first = (column + r * apart) * g.k + begin;
+            packed[r] = g.w.packed + first / 2;
+            scales[r] = buffer[r];
+            if (g.w.absmax && g.w.block_size == 64) {
+                scales[r] = g.w.absmax + first / 64;
             } else {
-                for (int64_t i = 0; i < n / 64; ++i) scales[r][i] = nf4_absmax(g.w, (first + 64 * i) / g.w.block_size);
+                scales_of_64(g.w, first, n / 64, buffer[r]);
             }
         }
-        const uint8_t* const packed = g.w.packed + (column * g.k + begin) / 2;
-        for (int64_t k = 0; k < n; k += 64) {
+        for (int64_t group = 0; group < n / 64; ++group) {
             __m512bh w[rows][2];
             for (int r = 0; r < rows; ++r) {
-                const __m512i table = bf16_table(scales[r][k / 64]);
-                const uint8_t* const from = packed + (r * g.k + k) / 2;
-                if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + rows * g.k / 2), _MM_HINT_T0);
+                const __m512i table = bf16_table(scales[r][group]);
+                const uint8_t* const from = packed[r] + 32 * group;
+                if (group % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + kDotAhead), _MM_HINT_T0);
                 w[r][0] = as_bf16(mixed.decode(table, from));
                 w[r][1] = as_bf16(mixed.decode(table, from + 16));
             }
             for (int i = 0; i < m; ++i) {
-                const BF16* from = x + i * g.k + begin + k;
+                const BF16* from = x + i * g.k + begin + 64 * group;
                 for (int half = 0; half < 2; ++half) {
                     const __m512bh a = as_bf16(_mm512_loadu_si512(from + 32 * half));
                     for (int r = 0; r < rows; ++r) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], a, w[r][half]);
@@ -366,7 +377,7 @@ void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column) {
         }
     }
     for (int i = 0; i < m; ++i) {
-        for (int r = 0; r < rows; ++r) write_dot(g, i, column + r, sum[i][r]);
+        for (int r = 0; r < rows; ++r) write_dot(g, i, column + r * apart, sum[i][r]);
     }
 }
 
@@ -401,12 +412,13 @@ void dot_any(const Nf4Gemm& g, int64_t column) {
 
 template <int m>
 void dot_task(const Nf4Gemm& g, const BF16* x, int64_t task) {
-    constexpr int kTogether = m <= 2 ? 4 : 2;  // rows of W that share loads of x and hide latency
+    constexpr int kTogether = m <= 4 ? 4 : 3;  // rows of W that share loads of x and hide latency
     int64_t column = task * kDotColumns;
     const int64_t end = lesser(column + kDotColumns, g.n);
     if (is_aligned(g)) {
-        for (; column + kTogether <= end; column += kTogether) dot_aligned<m, kTogether>(g, x, column);
-        for (; column < end; ++column) dot_aligned<m, 1>(g, x, column);
+        const int64_t apart = (end - column) / kTogether;
+        for (int64_t i = 0; i < apart; ++i) dot_aligned<m, kTogether>(g, x, column + i, apart);
+        for (column += kTogether * apart; column < end; ++column) dot_aligned<m, 1>(g, x, column, 0);
     }
     for (; column < end; ++column) dot_any<m>(g, column);
 }
