@@ -23,6 +23,9 @@ class Clock(Protocol):
 class CpuClock:
     """Wall time of each call. The other contenders' weights pass through the cache between two calls of one."""
 
+    def _wait(self) -> None:
+        """Nothing runs on after a call."""
+
     def interleave(self, runs: Runs, effort: Effort) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(effort.warmup):
@@ -32,11 +35,24 @@ class CpuClock:
         rounds = 0
         while runs and rounds < effort.max_rounds and (rounds < effort.min_rounds or time.perf_counter() < end):
             for name, run in runs.items():
+                self._wait()
                 begin = time.perf_counter()
                 run()
+                self._wait()
                 times[name].append(time.perf_counter() - begin)
             rounds += 1
         return times
+
+
+class StepClock(CpuClock):
+    """Wall time of whole steps, from an idle device to an idle device: what the host takes counts."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
 
 
 class CudaClock:

@@ -29,12 +29,14 @@ class Contender:
         check: answers why the result is wrong, or None; called once, before any timing.
         bytes: what it must read and write at least, in its own representation of the weight.
         note: what the report should add to its name, such as the backend that the library chose.
+        peak_bytes: of memory, where that is measured.
     """
 
     run: Callable[[], object]
     check: Callable[[], str | None]
     bytes: int
     note: str = ""
+    peak_bytes: int = 0
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Row:
     gbps: float | None = None
     gflops: float | None = None
     percent_of_limit: float | None = None
+    peak_gib: float | None = None
 
     @property
     def ours(self) -> bool:
@@ -162,6 +165,7 @@ def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Ef
                 gbps=contender.bytes / seconds / 1e9,
                 gflops=c.flops / seconds / 1e9,
                 percent_of_limit=100 * least / seconds,
+                peak_gib=contender.peak_bytes / 2**30 or None,
             )
         )
     order = list(c.makers)

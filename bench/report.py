@@ -65,7 +65,8 @@ def markdown(about: dict[str, Any], runs: Sequence[Run], charts: Iterable[str]) 
         lines += _aims(run)
         lines += _checks(run)
         for op, rows in itertools.groupby(run.rows, key=lambda row: row.op):
-            lines += ["", f"### {op}", "", *_table(list(rows))]
+            table = _steps if op == "end_to_end" else _table
+            lines += ["", f"### {op}", "", *table(list(rows))]
         lines += _excluded(run)
     names = list(charts)
     if names:
@@ -93,6 +94,27 @@ def _table(rows: list[Row]) -> list[str]:
         )
     baselines = sorted({r.baseline for r in rows})
     return [*lines, "", f"Ratio: time over that of {', '.join(baselines)}."]
+
+
+def _steps(rows: list[Row]) -> list[str]:
+    """Whole training steps: tokens a second and memory."""
+    lines = [
+        "| variant | tokens | contender | tokens/s | ms | p10–p90 | ratio | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        name = f"**{r.contender}**" if r.ours else r.contender
+        name += f" ({r.note})" if r.note else ""
+        if r.median_ms is None:
+            lines.append(f"| {r.variant} | {r.m} | {name} | {r.status.upper()} | | | | |")
+            continue
+        ratio = f"{r.over_baseline:.2f}" if r.over_baseline is not None else ""
+        peak = f"{r.peak_gib:.1f}" if r.peak_gib is not None else ""
+        lines.append(
+            f"| {r.variant} | {r.m} | {name} | {r.m / r.median_ms * 1e3:,.0f} | {_ms(r.median_ms)} "
+            f"| {_ms(r.p10_ms or 0)}–{_ms(r.p90_ms or 0)} | {ratio} | {peak} |"
+        )
+    return [*lines, "", f"Ratio: time over that of {', '.join(sorted({r.baseline for r in rows}))}."]
 
 
 def _ms(value: float) -> str:

@@ -16,6 +16,7 @@ from bench.ceilings import measure_ceilings
 from bench.device.checks import CHECKS, Check
 from bench.device.context import Context
 from bench.device.discover import backends_of, registered_ops
+from bench.device.end_to_end import end_to_end
 from bench.device.graphs import CAPTURES, SYNCHRONIZES
 from bench.device.tune import tune
 from bench.environment import exception_line
@@ -200,7 +201,10 @@ def _register() -> None:
             name = ops[0].name
             section(f"{verb} {name}", _share(verb, name))(_checking(table[name], ops, captured=verb == "capture"))
     section("tune", 6.0)(_tune)
-    for op_name in [*sorted(SUITES, key=_weight), *GPU_SUITES]:
+    for op_name in sorted(SUITES, key=_weight):
+        section(f"time {op_name}", _share("time", op_name))(_timing(op_name))
+    section("end to end", 9.0)(end_to_end)
+    for op_name in GPU_SUITES:
         section(f"time {op_name}", _share("time", op_name))(_timing(op_name))
 
 

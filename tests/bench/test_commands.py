@@ -73,11 +73,16 @@ def test_gpu_suite_needs_a_gpu() -> None:
 
 
 def test_gpu_dry_run_walks_every_section(tmp_path: Path) -> None:
-    """From another folder and without PEFT, bitsandbytes, matplotlib or an installed lora_ops, as on a bare machine."""
+    """From another folder, with nothing but torch and triton and without an installed lora_ops: a bare machine."""
     blocker = tmp_path / "site"
     blocker.mkdir()
-    missing = ("peft", "bitsandbytes", "transformers", "accelerate", "matplotlib", "numpy")
-    (blocker / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n")
+    missing = ("peft", "bitsandbytes", "transformers", "accelerate", "matplotlib", "numpy", "torchao", "trl",
+               "datasets", "hypothesis", "pytest", "safetensors", "tqdm", "kernels", "scipy", "yaml")  # fmt: skip
+    # The finder of an editable install goes as well: only the checkout may be found.
+    (blocker / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+    )
     output = tmp_path / "results"
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--output", str(output)],
@@ -98,7 +103,17 @@ def test_gpu_dry_run_walks_every_section(tmp_path: Path) -> None:
         "nf4_linear_dx",
         "quantize",
         "dequantize",
+        "lora_compiled",
+        "tune_kstep_min_m",
     }
+    captured = {check["op"] for check in run["checks"] if check["captured"]}
+    assert captured >= {"lora_linear", "nf4_linear", "dequantize_nf4"}
+    assert {check["status"] for check in run["checks"]} == {"ok"}
+    assert {row["status"] for row in run["rows"] if row["contender"].startswith("lora_ops")} == {"ok"}
+    assert set(run["crossovers"]) == {"nf4_gemv_max_m", "nf4_gemm_max_m", "kstep_min_m"}
+    assert any("end to end: not run: peft cannot be imported" in note for note in run["notes"])
+    assert not any("share of the" in note for note in run["notes"])
+    assert run["aims"]
     assert (output / "report.md").exists()
 
 
