@@ -128,6 +128,7 @@ def _load() -> ctypes.CDLL | NativeError:
         return error
 
 
+@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises NativeError with the reason if there is none."""
     lib = _load()
@@ -136,6 +137,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+@functools.cache
 def unavailable_reason() -> str | None:
     """Why the native backend cannot be used here, or None."""
     lib = _load()

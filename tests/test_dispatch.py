@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
 from lora_ops import _dispatch, _native
@@ -81,7 +87,9 @@ def test_unknown_backend() -> None:
 
 
 def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget = _dispatch._backend_of_environment.cache_clear
     monkeypatch.setenv("LORA_OPS_BACKEND", "reference")
+    forget()
     with lora_ops.trace() as t:
         dequantize_nf4(q)
     assert t.backends() == {"reference"}
@@ -89,8 +97,77 @@ def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyP
         dequantize_nf4(q)
     assert t.backends() == {"native" if _native.available() else "reference"}
     monkeypatch.setenv("LORA_OPS_BACKEND", "fast")
-    with pytest.raises(ValueError, match="LORA_OPS_BACKEND: expected one of"):
-        dequantize_nf4(q)
+    forget()
+    try:
+        with pytest.raises(ValueError, match="LORA_OPS_BACKEND: expected one of"):
+            dequantize_nf4(q)
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+class Watching(TorchDispatchMode):
+    """Counts the ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_calls() -> None:
+    """Only a call that nothing could see may go around the dispatcher."""
+    x, bias = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(4))
+    plain = _dispatch.is_plain_call
+    assert plain(x, None)
+    assert not plain(x, bias)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert plain(x, bias)
+            assert plain(torch.zeros(2), x)
+    watchers: list[AbstractContextManager] = [Watching(), FakeTensorMode(), torch.autocast("cpu"), profile()]
+    for watcher in watchers:
+        with watcher:
+            assert not plain(x)
+    torch.vmap(lambda row: row if not plain(row) else pytest.fail("vmap"))(x)
+    make_fx(lambda t: t if not plain(t) else pytest.fail("make_fx"))(x)
+    assert torch.compile(lambda t: t + plain(t), backend="eager", fullgraph=True)(x).eq(0).all()
+    assert not plain(FakeTensorMode().from_tensor(x))
+    assert not plain(x.as_subclass(type("Subclass", (torch.Tensor,), {})))
+    assert not plain(torch.zeros(2, dtype=torch.complex64).conj())
+    assert not plain(torch.zeros(2, 2).to_sparse())
+    assert not plain(torch.zeros(2, device="meta"))
+    assert plain(x)
+
+
+def test_who_watches_sees_the_op(q: lora_ops.NF4Tensor) -> None:
+    x, a, b = torch.randn(2, 16), torch.randn(4, 16), torch.randn(8, 4)
+
+    def run() -> None:
+        nf4_linear(x, q)
+        lora_linear(x, q, a, b, scale=1.0)
+
+    with Watching() as mode:
+        run()
+    assert {"lora_ops::nf4_linear", "lora_ops::lora_linear"} <= set(mode.seen)
+    with profile() as record:
+        run()
+    assert {"lora_ops::nf4_linear", "lora_ops::lora_linear"} <= {event.key for event in record.key_averages()}
+
+
+def test_around_the_dispatcher_bits_are_the_same(q: lora_ops.NF4Tensor) -> None:
+    x, a, b = torch.randn(3, 2, 16), torch.randn(4, 16), torch.randn(8, 4)
+    for run in (lambda: nf4_linear(x, q), lambda: lora_linear(x, q, a, b, scale=0.5, dropout_p=0.5, seed=3)):
+        with lora_ops.trace() as direct:
+            y = run()
+        with Watching(), lora_ops.trace() as dispatched:
+            assert torch.equal(run(), y)
+        assert direct.calls == dispatched.calls
+        with torch.inference_mode():
+            assert torch.equal(run(), y)
 
 
 def test_double_backward_is_an_error(q: lora_ops.NF4Tensor) -> None:

@@ -16,7 +16,7 @@ from lora_ops._checks import (
     check_same_device,
     check_shape,
 )
-from lora_ops._dispatch import Op
+from lora_ops._dispatch import Op, is_plain_call
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
 
 _ADAPTER = "Tensor lora_a, Tensor lora_b, Tensor scale, float dropout_p, Tensor? seed"
@@ -201,10 +201,13 @@ def lora_linear(
     check_probability("dropout_p", dropout_p)
     packed = weight.packed if isinstance(weight, NF4Tensor) else weight
     check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
-    y, _ = torch.ops.lora_ops.lora_linear(
-        x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, _seed_tensor(seed, dropout_p, x.device),
-        *operands(weight),
-    )  # fmt: skip
+    scale, seed = _scale_tensor(scale), _seed_tensor(seed, dropout_p, x.device)
+    if is_plain_call(x, packed, lora_a, lora_b, bias, scale):
+        y, _ = _fwd.run(x, x, weight, lora_a, lora_b, scale, bias, dropout_p, seed)
+    else:
+        y, _ = torch.ops.lora_ops.lora_linear(
+            x, bias, lora_a, lora_b, scale, dropout_p, seed, *operands(weight)
+        )  # fmt: skip
     return y
 
 

@@ -16,7 +16,8 @@ from lora_ops.quant.nf4_linear.reference import as_matrix
 
 def _rows(x: Tensor) -> Tensor:
     """[..., K] as [M, K] with unit stride along K and rows that do not overlap."""
-    x = as_matrix(x)
+    if x.dim() != 2:
+        x = as_matrix(x)
     return x if x.stride(1) == 1 and (x.shape[0] < 2 or x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
@@ -26,7 +27,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
     weight = codec.weight_of(q)
     _native.nf4_linear(weight, x2, None if bias is None else bias.contiguous(), y)
-    return y.view(*x.shape[:-1], q.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], q.shape[0])
 
 
 def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     dy2 = _rows(dy)
     dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
     _native.nf4_linear_dx(codec.weight_of(q), dy2, dx)
-    return dx.view(*dy.shape[:-1], q.shape[1])
+    return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], q.shape[1])
 
 
 def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_ops._checks import FLOAT_DTYPES, autocasting, check_dtype, check_last_dim, check_same_device, check_shape
-from lora_ops._dispatch import Op
+from lora_ops._dispatch import Op, is_plain_call
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
 
 _fwd = Op(f"nf4_linear(Tensor x, Tensor? bias, {OPERANDS_SCHEMA}) -> Tensor", __package__)
@@ -94,4 +94,6 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         check_dtype("bias", bias, FLOAT_DTYPES if autocasting(x) else (x.dtype,))
         check_shape("bias", bias, N=n)
     check_same_device(x=x, q=q.packed, bias=bias)
+    if is_plain_call(x, q.packed, bias):
+        return _fwd.run(x, x, q, bias)
     return torch.ops.lora_ops.nf4_linear(x, bias, *operands(q))
