@@ -81,6 +81,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(c_void_p, c_void_p, c_void_p, c_int, c_int),
     ),
     "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
+    "lora_ops_checksum": (c_void_p, c_int64, POINTER(c_uint64)),
     "lora_ops_dropout_mask": (c_uint64, c_uint32, c_uint32, c_int64, c_int64, c_int64, c_void_p),
 }
 
@@ -367,6 +368,13 @@ def adamw(
         torch.get_num_threads(),
     )
     _check(status, "adamw", "slices")
+
+
+def checksum(pointer: int, n: int) -> int:
+    """The 64-bit checksum of n bytes that lora_ops/optim/checksum.py defines."""
+    found = c_uint64()
+    _check(library().lora_ops_checksum(pointer, n, byref(found)), "checksum", "bytes")
+    return found.value
 
 
 def dtype_number(dtype: torch.dtype) -> int:

@@ -244,6 +244,22 @@ std::shared_ptr<const Blockwise8Code> code_of(const float* map) {
     return last;
 }
 
+constexpr int kChecksumLanes = 512;
+constexpr uint64_t kChecksumFactor = 0x9E3779B97F4A7C15u;
+
+uint64_t checksum_mix(uint64_t sum, uint64_t word) {
+    sum += word;
+    return (sum << 29 | sum >> 35) * kChecksumFactor;
+}
+
+void checksum_row(uint64_t* lanes, const char* row) {
+    for (int i = 0; i < kChecksumLanes; ++i) {
+        uint64_t word;
+        memcpy(&word, row + 8 * i, 8);
+        lanes[i] = checksum_mix(lanes[i], word);
+    }
+}
+
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
     if (s.n < 0 || s.row < 0 || s.row >= rows || s.first % 256) return false;
     if (!is_dtype(static_cast<int>(s.param_dtype)) || !is_dtype(static_cast<int>(s.grad_dtype))) return false;
@@ -375,4 +391,23 @@ int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const floa
     return LORA_OPS_OK;
 } catch (const std::bad_alloc&) {
     return LORA_OPS_NO_MEMORY;
+}
+
+int lora_ops_checksum(const void* bytes, int64_t n, uint64_t* checksum) {
+    if (n < 0 || !checksum || (n && !bytes)) return LORA_OPS_BAD_ARGUMENT;
+    constexpr int64_t kRow = 8 * kChecksumLanes;
+    const char* const data = static_cast<const char*>(bytes);
+    uint64_t lanes[kChecksumLanes];
+    for (int i = 0; i < kChecksumLanes; ++i) lanes[i] = (i + uint64_t{1}) * kChecksumFactor;
+    int64_t done = 0;
+    for (; done + kRow <= n; done += kRow) checksum_row(lanes, data + done);
+    if (done < n) {
+        char last[kRow] = {};
+        memcpy(last, data + done, static_cast<size_t>(n - done));
+        checksum_row(lanes, last);
+    }
+    uint64_t total = static_cast<uint64_t>(n);
+    for (const uint64_t lane : lanes) total = checksum_mix(total, lane);
+    *checksum = total ^ total >> 32;
+    return LORA_OPS_OK;
 }

@@ -142,6 +142,9 @@ LORA_OPS_API int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t coun
                                 const float* signed_map, const float* unsigned_map, const uint64_t* seed,
                                 int n_threads);
 
+/* The checksum of n bytes; lora_ops/optim/checksum.py defines it. */
+LORA_OPS_API int lora_ops_checksum(const void* bytes, int64_t n, uint64_t* checksum);
+
 #ifdef __cplusplus
 }
 #endif

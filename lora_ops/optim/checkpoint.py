@@ -1,7 +1,8 @@
 """Checkpoints in the safetensors format, written and read extent by extent, complete or not there.
 
 Tensors state.<i>.<name> and param.<i>, for parameter i in the order of the groups; `checksums` int64 [n, 3] holds
-(offset, length, CRC-32) of the header and of every piece of the data. The metadata holds groups and steps as JSON.
+(offset, length, checksum) of the header and of every piece of the data, of at most 4 MiB each. The metadata holds
+groups and steps as JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from lora_ops.optim.buffers import bytes_of, write_all
+from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import BLOCK_SIZE, States, part_dtype, part_numel
 from lora_ops.optim.states import PagedStates, ResidentStates
 
-FORMAT = "lora_ops.optim.AdamW 1"
+FORMAT = "lora_ops.optim.AdamW 2"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 << 20
-_CHUNK = 4 << 20
+_PIECE = 4 << 20
 
 
 def save(
@@ -79,10 +80,10 @@ class _Writer:
         self._file, self._store, self._params = file, store, params
         self._checksums: list[tuple[int, int, int]] = []
         sizes: dict[str, tuple[torch.dtype, int]] = {}
-        pieces = 1 + len(params)
+        pieces = 1 + sum(_pieces(t.nbytes) for t in params.values())
         for index, _, n, bits in store.runs():
-            pieces += len(States.names(bits))
             for part in States.names(bits):
+                pieces += _pieces(part_numel(part, n) * part_dtype(part, bits).itemsize)
                 name = f"state.{index}.{part}"
                 before = sizes[name][1] if name in sizes else 0
                 sizes[name] = part_dtype(part, bits), before + part_numel(part, n)
@@ -105,7 +106,7 @@ class _Writer:
 
     def write_all(self) -> None:
         os.posix_fallocate(self._file.fileno(), 0, self._total)
-        self._put(0, memoryview(self._header))
+        self._put_piece(0, memoryview(self._header))
         for name, t in self._params.items():
             self._put(self._at(name), bytes_of(t))
         self._store.drain(self)
@@ -123,9 +124,22 @@ class _Writer:
         return len(self._header) + self._begin[name]
 
     def _put(self, offset: int, view: memoryview) -> None:
-        self._checksums.append((offset, len(view), zlib.crc32(view)))
+        for first in range(0, len(view), _PIECE):
+            self._put_piece(offset + first, view[first : first + _PIECE])
+
+    def _put_piece(self, offset: int, view: memoryview) -> None:
+        self._checksums.append((offset, len(view), _signed(checksum(view))))
         self._file.seek(offset)
         write_all(self._file, view)
+
+
+def _pieces(nbytes: int) -> int:
+    return -(-nbytes // _PIECE)
+
+
+def _signed(number: int) -> int:
+    """An unsigned number of 64 bits as the int64 of the same bits."""
+    return number - (number >> 63 << 64)
 
 
 def _metadata(groups: Sequence[Mapping[str, Any]], steps: Mapping[int, int]) -> dict[str, str]:
@@ -223,10 +237,13 @@ class CheckpointFile:
         covered = 0
         for offset, length, expected in table:
             covered += length
-            crc, done = 0, 0
-            while done < length and (chunk := os.pread(self._fd, min(_CHUNK, length - done), offset + done)):
-                crc, done = zlib.crc32(chunk, crc), done + len(chunk)
-            if crc != expected:
+            if not 0 <= length <= max(_PIECE, self._data):
+                raise self._broken("its table of checksums holds an impossible length")
+            piece = memoryview(bytearray(length))
+            done = 0
+            while done < length and (n := os.preadv(self._fd, [piece[done:]], offset + done)):
+                done += n
+            if done < length or _signed(checksum(piece)) != expected:
                 raise self._broken(f"bytes {offset} to {offset + length} are not what was written: checksum mismatch")
         if covered + 24 * len(table) != os.fstat(self._fd).st_size:
             raise self._broken("its table of checksums does not cover it")

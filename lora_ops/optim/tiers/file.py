@@ -10,7 +10,6 @@ import mmap
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.optim.buffers import bytes_of
+from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.tiers.base import TierStats
 from lora_ops.optim.tiers.folder import PageFolder
@@ -139,11 +139,6 @@ class FileTier:
     def _error(self, what: str, number: int, error: OSError) -> PagingError:
         advice = "; free space on that disk or choose another page_dir" if error.errno == errno.ENOSPC else ""
         return PagingError(f"{self.path}: {what} {number}: {error.strerror}{advice}")
-
-
-def checksum(view: memoryview) -> int:
-    """CRC-32 of the bytes."""
-    return zlib.crc32(view)
 
 
 def _clear(frame: Tensor) -> None:
