@@ -13,6 +13,7 @@ import torch
 
 from lora_ops.functional import dequantize_blockwise8, dequantize_nf4, quantize_blockwise8, quantize_nf4
 from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.quant.crossovers import force
 from tests.cases import (
     LinearCase,
     assert_right,
@@ -69,6 +70,24 @@ def _linear(case: LinearCase, device: str) -> str | None:
     return f"a second run differs in {', '.join(differ)}" if differ else None
 
 
+def _kstep_cases() -> Iterator[LinearCase]:
+    m, n, k = SHAPES[3]
+    for p in (0.0, 0.1):
+        yield LinearCase(m, n, k, 16, BF16, weight="dense", dropout_p=p, adapter_dtype=torch.float32, bias=True)
+        yield LinearCase(*LARGE, 16, BF16, weight="dense", dropout_p=p)
+    for shape in SHAPES[:3]:
+        yield LinearCase(*shape, 16, torch.float16, weight="dense", dropout_p=0.1)
+    for r in (1, 40, 128):
+        yield LinearCase(m, n, k, r, BF16, weight="dense", dropout_p=0.1)
+    yield LinearCase(m, n, k, 16, BF16, weight="dense", contiguous=False, batch=(2,), dropout_p=0.1)
+    yield LinearCase(0, n, k, 16, BF16, weight="dense")
+
+
+def _on_kstep(case: LinearCase, device: str) -> str | None:
+    with force(kstep_min_m=0):
+        return _linear(case, device)
+
+
 def _quantize(
     dtype: torch.dtype, block_size: int, double_quant: bool, shape: tuple[int, ...], device: str
 ) -> str | None:
@@ -119,6 +138,7 @@ def _blockwise8(signed: bool, n: int, device: str) -> str | None:
 def _checks() -> dict[str, dict[str, Check]]:
     linear: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _linear_cases(0)}
     lora: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _lora_cases()}
+    lora |= {f"K-step, {c.id}": functools.partial(_on_kstep, c) for c in _kstep_cases()}
     quantize: dict[str, Check] = {
         f"{shape} {dtype} block {block} double {dq}": functools.partial(_quantize, dtype, block, dq, shape)
         for dtype in FLOATS

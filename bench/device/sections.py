@@ -19,6 +19,7 @@ from bench.device.discover import backends_of, registered_ops
 from bench.device.end_to_end import end_to_end
 from bench.device.graphs import CAPTURES, SYNCHRONIZES
 from bench.device.tune import tune
+from bench.device.warm import warm
 from bench.environment import exception_line
 from bench.measure import Run, measure, one_line
 from bench.peers import notes
@@ -133,6 +134,9 @@ def _judge(backend: str, device: str, check: Check) -> tuple[str, str]:
     except Exception as error:  # a broken kernel is a wrong one
         return "wrong", exception_line(error)
     return ("wrong", wrong) if wrong else ("ok", "")
+
+
+section("compile", 9.0)(warm)
 
 
 @section("peers")

@@ -1,0 +1,80 @@
+"""Compiles kernels ahead: processes run the checks beside each other, and leave what they compiled in Triton's cache.
+
+The checks need about 200 kernels, 0.3 to 1 s each; one after the other they would take a third of the suite's time.
+Nothing is reported from here: the checks run again, in their sections. A process that dies costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from bench.device.checks import CHECKS, Check
+from bench.device.context import Context
+from bench.environment import ROOT
+from lora_ops import use_backend
+
+WORKERS = 8
+POLL_S = 2.0
+
+
+def _todo(device: str) -> list[tuple[str, Check]]:
+    """Every check on every backend that compiles, each once."""
+    from bench.device.discover import backends_of, registered_ops
+
+    found: dict[int, tuple[str, Check]] = {}
+    for op in registered_ops():
+        for backend, unavailable in backends_of(op, device).items():
+            if unavailable is None and (backend != "reference" or device == "cpu"):
+                found |= {id(check): (backend, check) for check in CHECKS.get(op.name, {}).values()}
+    return list(found.values())
+
+
+def work(index: int, count: int, device: str) -> int:
+    """Run every count-th check from the index-th on; answers how many ran through."""
+    done = 0
+    for backend, check in _todo(device)[index::count]:
+        with contextlib.suppress(Exception), use_backend(backend):  # its section says what is wrong
+            check(device)
+            done += 1
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return done
+
+
+def worker_command(index: int, count: int) -> list[str]:
+    """The command of one process."""
+    return [sys.executable, "-c", f"from bench.device.warm import work; print(work({index}, {count}, 'cuda'))"]
+
+
+def warm(context: Context) -> Iterator[str]:
+    """Compile in several processes; yields while they run, and ends them if it is closed."""
+    if context.dry:
+        yield f"{work(0, 100, context.plan.device)} checks ran"
+        return
+    count = max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
+    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    start = functools.partial(
+        subprocess.Popen, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
+    )
+    begin = time.perf_counter()
+    processes = [start(worker_command(index, count)) for index in range(count)]
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(POLL_S)
+            yield f"{sum(process.poll() is None for process in processes)} of {count} processes compile"
+        died = [process.returncode for process in processes if process.returncode]
+        told = f"{time.perf_counter() - begin:.0f} s in {count} processes" + f", {len(died)} died" * bool(died)
+        context.run.notes.append(f"- kernels of the checks compiled ahead: {told}")
+        yield told
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
