@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import clock_for
-from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, SHARES, Context, Progress, cuda_works, with_backends
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, cuda_works, share, with_backends
 from bench.environment import traceback_text
 from bench.files import write_json
 from bench.report import run_from_dict
@@ -44,7 +44,7 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
             continue
         progress.current = name
         write_json(path, asdict(progress))
-        until = section_end(time.time(), deadline, [SHARES.get(n, 1.0) for n in names[index:]])
+        until = section_end(time.time(), deadline, [share(n) for n in names[index:]])
         broken = False
         try:
             if context is None:

@@ -203,7 +203,7 @@ def test_a_section_that_takes_its_share_leaves_the_others_theirs(
 
     for name, seconds, share in (("slow", 10.0, 1.0), ("quick", 0.1, 3.0), ("last", 10.0, 1.0)):
         monkeypatch.setitem(sections.SECTIONS, name, working(seconds))
-        monkeypatch.setitem(sections.SHARES, name, share)
+        monkeypatch.setitem(sections.EXPECTED_S, name, share)
     path = tmp_path / "progress.json"
     write_json(path, asdict(sections.Progress(Run("test"))))
     assert child.run_sections(["slow", "quick", "last"], path, deadline=1500.0, dry=True) == 0
@@ -211,6 +211,10 @@ def test_a_section_that_takes_its_share_leaves_the_others_theirs(
     assert progress.skipped == ["the rest of slow", "the rest of last"]
     # 500 s: a fifth for the first; the second needs 10 s, so the last has all that is left.
     assert {name: progress.run.notes.count(name) for name in ("10", "0.1")} == {"10": 11 + 39, "0.1": 100}
+
+
+def test_expected_times_are_of_sections() -> None:
+    assert set(sections.EXPECTED_S) <= set(sections.SECTIONS)
 
 
 def test_discovery_finds_the_ops_and_their_backends() -> None:

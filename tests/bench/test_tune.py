@@ -16,10 +16,11 @@ from bench import gpu
 from bench.clocks import CpuClock
 from bench.device import sections, tune
 from bench.device.context import Context
-from bench.device.tune import NEVER, QUESTIONS, best_split
+from bench.device.tune import NEVER, QUESTIONS, Question, Route, best_split
 from bench.measure import Row, Run
 from bench.plan import Effort, Plan
 from lora_ops import trace
+from lora_ops._triton import record_launches
 from lora_ops.quant import crossovers as table
 from lora_ops.quant.crossovers import Crossovers, crossovers
 
@@ -117,25 +118,34 @@ def test_a_route_without_times_answers_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert "not measured" in run.notes[0]
 
 
-def test_each_route_is_forced_on_its_own_kernel() -> None:
-    """What the routes force decides as triton_impl.py reads it."""
-    gemv, gemm, kstep = QUESTIONS
-    assert {q.field for q in QUESTIONS} == set(vars(Crossovers()))
-    for m in gemv.tokens:
-        with table.force(**gemv.few.forced):
-            assert m <= crossovers(torch.device("cpu")).nf4_gemv_max_m
-        with table.force(**gemv.many.forced):
-            assert crossovers(torch.device("cpu")).nf4_gemv_max_m < m <= crossovers(torch.device("cpu")).nf4_gemm_max_m
-    for m in gemm.tokens:
-        with table.force(**gemm.few.forced):
-            assert Crossovers().nf4_gemv_max_m < m <= crossovers(torch.device("cpu")).nf4_gemm_max_m
-        with table.force(**gemm.many.forced):
-            assert m > crossovers(torch.device("cpu")).nf4_gemm_max_m
-    for m in kstep.tokens:
-        with table.force(**kstep.few.forced):
-            assert m < crossovers(torch.device("cpu")).kstep_min_m
-        with table.force(**kstep.many.forced):
-            assert m >= crossovers(torch.device("cpu")).kstep_min_m
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.field)
+def test_each_route_launches_its_own_kernels(question: Question) -> None:
+    """On tensors that only have shapes: what is timed under a name is what runs under it."""
+    pytest.importorskip("triton")
+    from lora_ops.kernels.lora_linear import triton_impl as lora
+    from lora_ops.quant.nf4_linear import triton_impl as nf4
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def kernels(route: Route, m: int) -> set[str]:
+        with record_launches(run=False) as record, table.force(**route.forced):
+            if question.field == "kstep_min_m":
+                adapter = meta(16, 512), meta(256, 16), torch.tensor(2.0)
+                lora.lora_linear(meta(m, 512), meta(256, 512), *adapter, None, 0.0, None)
+            else:
+                nf4.matmul(meta(m, 512), nf4._meta_nf4(256, 512, 64, True), transposed=True)
+        return {launch.kernel.__name__ for launch in record.launches}
+
+    own = {"GEMV": "_nf4_gemv_kernel", "GEMM": "_nf4_gemm_kernel", "decode + cuBLAS": "_dequantize_nf4_kernel",
+           "β=1": "_expand_kernel", "K-step": "_lora_gemm_kernel"}  # fmt: skip
+    for m in question.tokens:
+        for route in (question.few, question.many):
+            assert kernels(route, m) & set(own.values()) == {own[route.name]}
+
+
+def test_every_field_is_asked_for() -> None:
+    assert {question.field for question in QUESTIONS} == set(vars(Crossovers()))
 
 
 def test_times_are_taken_with_what_was_measured() -> None:
