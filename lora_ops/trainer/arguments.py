@@ -30,6 +30,7 @@ class SFTArguments:
     output_dir: str = field(metadata={"help": "where the adapter (PEFT format) and checkpoints go"})
     dataset_split: str = _help("the dataset's split", "train")
 
+    full: bool = _help("train the model's own weights instead of adapters; needs quantize 'none'", False)
     lora_r: int = _help("rank of the adapters", 16)
     lora_alpha: int = _help("LoRA's alpha; the update is scaled by alpha / r", 32)
     lora_dropout: float = _help("dropout on the adapters' input", 0.0)
@@ -41,7 +42,15 @@ class SFTArguments:
     warmup_steps: int = _help("steps of linear warm-up", 0)
     weight_decay: float = _help("AdamW's weight decay", 0.0)
     max_grad_norm: float = _help("gradients are clipped to this norm", 1.0)
-    optim: str = _help("transformers' optimizer name", "adamw_torch")
+    optim: str = _help(
+        "transformers' optimizer name; adamw_8bit, adamw_bnb_8bit, paged_adamw_32bit and paged_adamw_8bit are "
+        "lora_ops.optim.AdamW, on any device and without bitsandbytes",
+        "adamw_torch",
+    )
+    page_budget: str | None = _help(
+        "most bytes of AdamW's states in fast memory, as in 2GiB; the others are in a file (paged_*: 2GiB)", None
+    )
+    page_dir: str | None = _help("folder of that file; a temporary one if not given", None)
     num_train_epochs: float = _help("passes over the dataset, unless max_steps is positive", 1.0)
     max_steps: int = _help("optimizer steps; -1 goes by num_train_epochs", -1)
     per_device_train_batch_size: int = _help("sequences a step and device", 8)
@@ -64,6 +73,10 @@ class SFTArguments:
     def __post_init__(self) -> None:
         if self.quantize not in ("nf4", "none"):
             raise ValueError(f"quantize: expected 'nf4' or 'none', got {self.quantize!r}")
+        if self.full and self.quantize != "none":
+            raise ValueError(f"full: expected with quantize 'none', got {self.quantize!r}: 4-bit weights are frozen")
+        if self.page_dir is not None and not self.pages():
+            raise ValueError("page_dir: expected together with page_budget or a paged optim")
         sizes = "lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps max_length logging_steps"
         for name in sizes.split():
             if getattr(self, name) < 1:
@@ -79,6 +92,10 @@ class SFTArguments:
         path = Path(self.model_name_or_path)
         if (path.is_absolute() or self.model_name_or_path.startswith(".")) and not path.is_dir():
             raise ValueError(f"model_name_or_path: there is no folder {self.model_name_or_path}")
+
+    def pages(self) -> bool:
+        """Tell whether the optimizer's states are paged."""
+        return self.page_budget is not None or self.optim.startswith("paged_")
 
     def targets(self) -> str | list[str]:
         """Give `target_modules` as PEFT takes it.

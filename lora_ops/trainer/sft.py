@@ -17,8 +17,9 @@ from lora_ops.trainer.arguments import SFTArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from lora_ops.optim import PagingStats
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _FORMATS = ({"prompt", "completion"}, {"messages"}, {"text"})
@@ -34,7 +35,8 @@ class SFTResult:
     tokens: int  # without padding
     seconds: float
     log_history: list[dict[str, Any]]
-    model: PeftModel
+    model: PreTrainedModel  # a PeftModel, unless the model's own weights were trained
+    paging: PagingStats | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -89,14 +91,14 @@ def _from_instruction(row: dict[str, Any]) -> dict[str, str]:
     return {"prompt": "\n".join(part for part in parts if part) + "\n", "completion": row["output"]}
 
 
-def load_model(args: SFTArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, and inject the adapters.
+def load_model(args: SFTArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, and inject the adapters unless `args.full`.
 
     Args:
         args: names the model, the adapters and the precision.
 
     Returns:
-        The PEFT model on its training device, in evaluation mode, and the tokenizer.
+        The model on its training device, in evaluation mode, and the tokenizer.
 
     Raises:
         ImportError: if a package of the `train` extra is missing.
@@ -113,14 +115,15 @@ def load_model(args: SFTArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         args.model_name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    model = lora_ops.inject(
-        model,
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.targets(),
-        quantize=None if args.quantize == "none" else args.quantize,
-    )
+    if not args.full:
+        model = lora_ops.inject(
+            model,
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.targets(),
+            quantize=None if args.quantize == "none" else args.quantize,
+        )
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
     return model.to(device).eval(), tokenizer
 
@@ -157,27 +160,39 @@ def _trl_config(args: SFTArguments) -> Any:
     )
 
 
+def _optimizer(args: SFTArguments) -> tuple[type, dict[str, Any]] | None:
+    """Our AdamW for the names that transformers leaves to bitsandbytes, and for any AdamW in pages; else None."""
+    from lora_ops.optim.huggingface import trainer_optimizer
+
+    if not (args.pages() or args.optim in ("adamw_8bit", "adamw_bnb_8bit")):
+        return None
+    return trainer_optimizer(
+        args.optim, lr=args.learning_rate, page_budget=args.page_budget, page_dir=args.page_dir
+    )  # betas and eps: transformers' defaults are ours
+
+
 def train(
     args: SFTArguments,
     *,
-    model: PeftModel | None = None,
+    model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     train_dataset: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: TrainerCallback | None = None,
 ) -> SFTResult:
-    """Fine-tune a model with TRL's SFTTrainer and save the adapter in PEFT's format.
+    """Fine-tune a model with TRL's SFTTrainer and save the adapter in PEFT's format, or the model if `args.full`.
 
     Args:
         args: what to train, on what, and how.
-        model: an injected model to train instead of the one that `args` names; needs `tokenizer`.
+        model: a model to train, injected unless `args.full`, instead of the one that `args` names; needs `tokenizer`.
         tokenizer: its tokenizer.
         train_dataset: a dataset to train on instead of the one that `args` names.
         callbacks: transformers callbacks to add.
         progress: a callback that shows progress in place of transformers' bar and log lines.
 
     Returns:
-        The result; its `output_dir` holds adapter_config.json and adapter_model.safetensors.
+        The result; its `output_dir` holds adapter_config.json and adapter_model.safetensors, or config.json,
+        model.safetensors and the tokenizer.
 
     Raises:
         ValueError: if only one of `model` and `tokenizer` is given, or the dataset cannot be used.
@@ -198,6 +213,7 @@ def train(
         train_dataset=data,
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=_optimizer(args),
     )
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
@@ -206,9 +222,15 @@ def train(
     start = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=args.checkpoint())
     seconds = time.perf_counter() - start
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    paging = optimizer.paging_stats() if args.pages() else None
+    if _optimizer(args) is not None:
+        optimizer.close()  # its page_dir is free for the next run
     # Not trainer.save_model: it adds a pickled training_args.bin.
     with replacing_files_in(args.output_dir) as folder:
         model.save_pretrained(str(folder), safe_serialization=True)
+        if args.full:
+            trainer.processing_class.save_pretrained(str(folder))
     return SFTResult(
         output_dir=args.output_dir,
         global_step=output.global_step,
@@ -217,6 +239,7 @@ def train(
         seconds=seconds,
         log_history=trainer.state.log_history,
         model=model,
+        paging=paging,
     )
 
 
@@ -238,9 +261,11 @@ def main(argv: list[str] | None = None) -> int:
         result = train(args)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
+    if result.paging:
+        print(result.paging)
     print(
         f"{result.global_step} steps, mean loss {result.train_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s; "
-        f"adapter in {result.output_dir}"
+        f"{'model' if args.full else 'adapter'} in {result.output_dir}"
     )
     return 0
 

@@ -118,9 +118,57 @@ def test_command_line_says_what_is_wrong_and_exits_nonzero(tmp_path, capsys):
     assert "model_name_or_path: there is no folder ./nowhere" in capsys.readouterr().err
 
 
+def test_full_training_in_pages_resumes_bit_identically(tiny_model, questions, tmp_path):
+    """TRL with accumulation, clipping, schedule and weight decay: unpaged = paged = paged and resumed from step 3."""
+    from safetensors.torch import load_file
+
+    common = {"full": True, "quantize": "none", "max_steps": 6, "gradient_accumulation_steps": 2, "save_steps": 3,
+              "max_grad_norm": 0.5, "weight_decay": 0.1, "warmup_steps": 2, "learning_rate": 3e-3}  # fmt: skip
+    pages = {"optim": "paged_adamw_32bit", "page_budget": "128KiB", "page_dir": str(tmp_path / "pages")}
+    runs = {
+        "unpaged": {"optim": "adamw_torch", "page_budget": "64MiB"},  # ours, with everything in memory
+        "paged": pages,
+        "resumed": pages | {"resume_from_checkpoint": str(tmp_path / "paged" / "checkpoint-3")},
+    }
+    models = {}
+    for name, changes in runs.items():
+        result = sft.train(_arguments(tiny_model, questions, tmp_path / name, **common, **changes))
+        models[name] = load_file(tmp_path / name / "model.safetensors")
+        assert result.global_step == 6
+        assert result.paging.peak <= result.paging.budget
+        assert (result.paging.misses > 30) == (name != "unpaged")
+    for name, weight in models["unpaged"].items():
+        assert torch.equal(models["paged"][name], weight), name
+        assert torch.equal(models["resumed"][name], weight), name
+    assert not any((tmp_path / "pages").iterdir())
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tmp_path / "paged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "paged").state_dict()
+    assert torch.equal(loaded["model.norm.weight"], models["paged"]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_names_of_bitsandbytes_are_ours(tiny_model, questions, tmp_path, optim, monkeypatch):
+    """Adapters with 8-bit states; a run whose optimizer is not ours would need bitsandbytes, or a GPU."""
+    from lora_ops.optim import AdamW
+
+    made = []
+    begin = AdamW.__init__
+    monkeypatch.setattr(AdamW, "__init__", lambda self, *a, **k: (made.append(k), begin(self, *a, **k))[1])
+    result = sft.train(_arguments(tiny_model, questions, tmp_path / "out", optim=optim, lora_r=64))
+    losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert [k["state_bits"] for k in made] == [8]
+    assert (result.paging is not None) == optim.startswith("paged")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"full": True}, "full: expected with quantize 'none', got 'nf4'"),
+        ({"page_dir": "x"}, "page_dir: expected together with page_budget or a paged optim"),
         ({"quantize": "int3"}, "quantize: expected 'nf4' or 'none', got 'int3'"),
         ({"lora_r": 0}, "lora_r: expected at least 1, got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout: expected a number in \[0, 1\), got 1.0"),
