@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.ceilings import Ceilings
-from bench.clocks import CpuClock, CudaClock
+from bench.clocks import CpuClock, CudaClock, StepClock
 from bench.files import write_json, write_with
 from bench.measure import Comparison, Contender, Run, Unavailable, measure
 from bench.plan import Effort, Plan
@@ -115,6 +115,14 @@ def test_cuda_clock_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     once = ["busy", "event", "a", "event", "wait", "busy", "event", "b", "event", "wait"]
     enqueued = ["wait", "a", "wait", "a", "wait", "b", "wait", "b"]  # to see how long the host takes
     assert log == [*enqueued, "wait", *once, *once]
+
+
+def test_a_step_begins_and_ends_with_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    times = StepClock("cuda").interleave({"a": lambda: log.append("a")}, Effort(1, 1, 0.0, 0))
+    assert len(times["a"]) == 1
+    assert log == ["wait", "a", "wait"]
 
 
 def test_ceilings_are_positive() -> None:
