@@ -99,6 +99,34 @@ def save_curve(path: Path, history: Iterable[dict[str, Any]], before: float, aft
     return True
 
 
+def save_curves(path: Path, curves: dict[str, Sequence[float]], title: str) -> bool:
+    """Draw the training losses of several runs, smoothed over ten steps, as a PNG.
+
+    Args:
+        path: the file to write.
+        curves: the loss of each step, by the run's name.
+        title: the picture's.
+
+    Returns:
+        False if matplotlib is not installed, so that nothing was drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, losses in curves.items():
+        recent = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
+        axes.plot(range(1, len(losses) + 1), [sum(r) / len(r) for r in recent], linewidth=1.5, label=name)
+    axes.set(xlabel="optimizer step", ylabel="nats per answer token, mean of ten steps", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary)
+    return True
+
+
 def _size(count: float | None) -> str:
     if count is None:
         return "not told by this system"
