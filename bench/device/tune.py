@@ -7,6 +7,7 @@ One noisy number thus moves the split no further than its own weight.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from bench.device.context import Context
 from bench.measure import OURS, Comparison, Row, measure
 from bench.plan import Effort, Plan
 from bench.suites import lora_linear, nf4_linear
-from bench.suites.common import on_route
-from tests.cases import LinearCase, LinearInputs
+from bench.suites.common import by_tokens, on_route
+from tests.cases import LinearCase
 
 NEVER = 2**62
 EFFORT = Effort(min_rounds=10, max_rounds=40, seconds=0.25, warmup=2)
@@ -51,30 +52,24 @@ class Question:
     answer: Callable[[Sequence[int], int], int]
 
 
-def _shapes(plan: Plan, tokens: Sequence[int], **case: object) -> Iterator[LinearInputs]:
-    """Inputs of every shape and number of tokens; of one shape they share their weight."""
-    for n, k in plan.shapes:
-        full = LinearCase(max(tokens), n, k, dtype=plan.dtype, **case).inputs(plan.device)  # type: ignore[arg-type]
-        for m in tokens:
-            yield replace(full, case=replace(full.case, m=m), x=full.x[:m], dy=full.dy[:m])
-
-
 def _forward(plan: Plan, tokens: Sequence[int]) -> Iterator[Comparison]:
-    for inputs in _shapes(plan, tokens):
-        yield nf4_linear.compare_forward(plan, inputs)
+    for n, k in plan.shapes:
+        for inputs in by_tokens(LinearCase(0, n, k, dtype=plan.dtype), tokens, plan.device):
+            yield nf4_linear.compare_forward(plan, inputs)
 
 
 def _both(plan: Plan, tokens: Sequence[int]) -> Iterator[Comparison]:
-    for inputs in _shapes(plan, tokens):
-        yield nf4_linear.compare_forward(plan, inputs)
-        yield nf4_linear.compare_dx(plan, inputs)
+    for n, k in plan.shapes:
+        for inputs in by_tokens(LinearCase(0, n, k, dtype=plan.dtype), tokens, plan.device):
+            yield nf4_linear.compare_forward(plan, inputs)
+            yield nf4_linear.compare_dx(plan, inputs)
 
 
 def _lora(plan: Plan, tokens: Sequence[int]) -> Iterator[Comparison]:
-    plan = replace(plan, shapes=plan.lora_shapes)
-    for p in plan.dropouts:
-        adapter = {"r": plan.ranks[0], "adapter_dtype": plan.adapter_dtypes[-1]}
-        for inputs in _shapes(plan, tokens, weight="dense", dropout_p=p, **adapter):
+    r, adapter = plan.ranks[0], plan.adapter_dtypes[-1]
+    for (n, k), p in itertools.product(plan.lora_shapes, plan.dropouts):
+        case = LinearCase(0, n, k, r, plan.dtype, weight="dense", adapter_dtype=adapter, dropout_p=p)
+        for inputs in by_tokens(case, tokens, plan.device):
             yield lora_linear.compare(plan, inputs)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from bench.plan import Plan
 from lora_ops import BackendError, trace, use_backend
 from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import NF4Tensor
-from tests.cases import LinearInputs, errors, run_torch, truth
+from tests.cases import LinearCase, LinearInputs, errors, run_torch, truth
 from tests.tolerance import Truth
 
 T = TypeVar("T")
@@ -72,6 +73,13 @@ def _on_backend(backend: str, make: Callable[[], Contender]) -> Contender:
 
     outer.check = check
     return outer
+
+
+def by_tokens(case: LinearCase, tokens: Sequence[int], device: str) -> Iterator[LinearInputs]:
+    """Inputs of each number of tokens over one weight, whose drawing takes longest: the first rows of the largest."""
+    full = replace(case, m=max(tokens)).inputs(device)
+    for m in tokens:
+        yield replace(full, case=replace(full.case, m=m), x=full.x[:m], dy=full.dy[:m])
 
 
 def on_route(make: Callable[[], Contender], **changes: int) -> Callable[[], Contender]:

@@ -12,15 +12,14 @@ from torch import Tensor
 from bench.measure import Comparison, Contender, Unavailable
 from bench.peers import bnb_linear, load, torchao_nf4
 from bench.plan import Plan
-from bench.suites.common import Judge, no_grad, ours, tensor_bytes
+from bench.suites.common import Judge, by_tokens, no_grad, ours, tensor_bytes
 from lora_ops.functional import nf4_linear
 from tests.cases import LinearCase, LinearInputs, rounded_weight
 
 
 def _inputs(plan: Plan) -> Iterator[LinearInputs]:
     for n, k in plan.shapes:
-        for m in plan.tokens:
-            yield LinearCase(m, n, k, dtype=plan.dtype).inputs(plan.device)
+        yield from by_tokens(LinearCase(0, n, k, dtype=plan.dtype), plan.tokens, plan.device)
 
 
 def forward(plan: Plan) -> Iterator[Comparison]:

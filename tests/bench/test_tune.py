@@ -163,6 +163,14 @@ def test_times_are_taken_with_what_was_measured() -> None:
     assert crossovers(torch.device("cpu")).nf4_gemm_max_m != 77
 
 
+def test_without_triton_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "backends_of", lambda op, device: {"triton": "not installed", "reference": None})
+    run = Run("r")
+    assert list(sections.SECTIONS["tune"](Context(PLAN, CpuClock(), run))) == ["no routes to choose from"]
+    assert "not measured" in run.notes[0]
+    assert not run.crossovers
+
+
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run", "--tune", "--output", str(tmp_path)]) == 0
     (entry,) = json.loads((tmp_path / "crossovers.json").read_text()).values()
