@@ -31,6 +31,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "nf4_linear": (1, (OURS, "dense", "bitsandbytes", "bitsandbytes eval")),
     "nf4_linear_dx": (1, (OURS, "dense", "bitsandbytes")),
     "lora_linear": (4, (OURS, "frozen dense", "PEFT", "PEFT + bitsandbytes", "addmm by hand")),
+    "lora_generation": (1, (OURS, "nf4_linear", "PEFT + bitsandbytes")),
+    "adamw": (6, (OURS, "torch fused 32-bit", "bitsandbytes AdamW8bit")),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from bench.measure import Comparison
 from bench.plan import Plan
-from bench.suites import codec, lora_linear, nf4_linear
+from bench.suites import adamw, codec, lora_linear, nf4_linear
 
 SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {
     "quantize": codec.quantize,
@@ -15,6 +15,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {
     "nf4_linear_dx": nf4_linear.dx,
     "lora_linear": lora_linear.forward_backward,
     "lora_generation": lora_linear.generation,
+    "adamw": adamw.step,
 }
 
 # Of the device suite alone.
