@@ -97,7 +97,7 @@ AIMS = (
     Aim("nf4_linear dX, M ≥ 4096, over dense", 1.05, False, _over_baseline("nf4_linear_dx", m=(4096, 8192))),
     Aim("nf4_linear, M = 16–64, times as fast as bitsandbytes", 1.5, True,
         _over("nf4_linear", ("bitsandbytes",), inverse=True, m=(16, 32, 64))),
-    Aim("nf4_linear, M = 1, times as fast as dense", 2.0, True, 
+    Aim("nf4_linear, M = 1, times as fast as dense", 2.0, True,
         _over_baseline("nf4_linear", inverse=True, m=1, n=LAYERS)),
     Aim("dequantize, double-quantized, % of the copy bandwidth", 80.0, True,
         _of_limit("dequantize", variant="out=, double", n=LAYERS)),
