@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults triton native sanitize clean
+.PHONY: help demo test lint format bench faults triton native cuda sanitize clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -45,6 +45,9 @@ triton: $(VENV)/.test ## test and compile the Triton kernels with TRITON=3.6.0, 
 native: $(VENV)/.test ## build the C++ kernels in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+cuda: $(VENV)/.test ## build the CUDA C++ kernels in place, with nvcc (a minute)
+	LORA_OPS_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
 sanitize: $(VENV)/.test ## fuzz the C++ kernels under the address and undefined-behaviour sanitizers (3 minutes)
 	CXXFLAGS="-O1 $(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_OPS_REQUIRE_NATIVE=1 \
@@ -54,7 +57,7 @@ sanitize: $(VENV)/.test ## fuzz the C++ kernels under the address and undefined-
 	build/sanitize/fuzz $(ARGS)
 
 clean: ## delete the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info lora_ops/_liblora_ops.so demo_output
+	rm -rf $(VENV) build dist *.egg-info lora_ops/_liblora_ops*.so demo_output
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -3,11 +3,14 @@
 Needs setuptools and a C++17 compiler, nothing else. Without a working compiler the package installs with its other
 backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are
 honoured.
+
+With LORA_OPS_BUILD_CUDA=1 csrc/cuda becomes lora_ops/_liblora_ops_cuda.so likewise, by nvcc of CUDA_HOME or the PATH.
 """
 
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCE_DIR = Path("csrc/cpu")
+CUDA_SOURCE_DIR = Path("csrc/cuda")
+NATIVE, CUDA = "lora_ops._liblora_ops", "lora_ops._liblora_ops_cuda"
 
 # -ffp-contract=off: the codecs are bit-exact, a fused multiply-add would change their bytes.
 FLAGS = [
@@ -41,7 +46,17 @@ X86_SOURCES = {
     "lora_avx512.cpp": AVX512_FLAGS,
     "lora_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
+# Each runs on its successors of the same generation; PTX of the last one serves what comes after.
+CUDA_ARCHITECTURES = (80, 89, 90, 100, 120)
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, on the PATH, or where CUDA installs itself."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*(f"{home}/bin" for home in homes), *os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 class BuildNative(build_ext):
@@ -53,6 +68,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         library.unlink(missing_ok=True)  # a failed build must not ship the library of an earlier one
+        if ext.name == CUDA:
+            return self._build_cuda(library)
         try:
             self._build(library)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -83,6 +100,17 @@ class BuildNative(build_ext):
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         self._run([*compiler, "-shared", "-o", str(library), *objects, *openmp, *link_flags])
 
+    def _build_cuda(self, library: Path) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise SystemExit("lora_ops: LORA_OPS_BUILD_CUDA=1 needs nvcc of CUDA 12.8 or newer: set CUDA_HOME or PATH")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        code.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
+        sources = map(str, sorted((ROOT / CUDA_SOURCE_DIR).glob("*.cu")))
+        includes = [f"-I{ROOT / 'csrc/include'}"]
+        self._run([nvcc, *CUDA_FLAGS, *code, *includes, "-shared", "-o", str(library), *sources])
+
     def _openmp(self, compiler: list[str]) -> list[str]:
         probe = [*compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]
         if subprocess.run(probe, input=b"", capture_output=True).returncode == 0:
@@ -104,7 +132,10 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    # The name only tells setuptools that there is something to build for the platform.
-    ext_modules=[Extension("lora_ops._liblora_ops", sources=[], optional=True)],
+    # The names only tell setuptools that there is something to build for the platform.
+    ext_modules=[
+        Extension(NATIVE, sources=[], optional=True),
+        *([Extension(CUDA, sources=[])] if os.environ.get("LORA_OPS_BUILD_CUDA") == "1" else []),
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
 
-from lora_ops import _native
+from lora_ops import _cuda, _native
 from lora_ops._checks import dtype_name
 
 logger = logging.getLogger("lora_ops")
@@ -34,12 +34,16 @@ LIBRARY = torch.library.Library("lora_ops", "DEF")
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run ops: `module` is the file in an op's folder, `unavailable` says why it cannot run here, or None."""
+    """A way to run ops: `module` is the file in an op's folder, `unavailable` says why it cannot run here, or None.
+
+    One that is not `automatic` serves only where it is asked for by name.
+    """
 
     name: str
     module: str
     device_types: tuple[str, ...]  # empty: every device
     unavailable: Callable[[], str | None]
+    automatic: bool = True
 
 
 @functools.cache
@@ -51,7 +55,8 @@ def _triton_unavailable() -> str | None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cuda", "cuda_impl", ("cuda",), lambda: None),
+        # Until a GPU has verified and timed it.
+        Backend("cuda", "cuda_impl", ("cuda",), _cuda.unavailable_reason, automatic=False),
         Backend("triton", "triton_impl", ("cuda",), _triton_unavailable),
         Backend("native", "native_impl", ("cpu",), _native.unavailable_reason),
         Backend("reference", "reference", (), lambda: None),
@@ -282,7 +287,7 @@ class Op:
 
     def _may_serve(self, backend: Backend, device_type: str) -> bool:
         here = not backend.device_types or device_type in backend.device_types
-        return here and self._module(backend) is not None
+        return backend.automatic and here and self._module(backend) is not None
 
     def choose(self, device: torch.device, args: Sequence[Any]) -> tuple[str, str]:
         """The backend that serves these arguments, and the reason why no preferred one does ("" if none declined)."""

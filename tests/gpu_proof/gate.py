@@ -25,9 +25,10 @@ from pathlib import Path
 
 import triton
 
-from tests.gpu_proof import machine_code, registry
+from tests.gpu_proof import cuda_code, machine_code, registry
 from tests.gpu_proof.machine_code import CHIPS, Chip, compiled, problems, read
 
+CUDA = cuda_code.SOURCE.name  # in the place of a module: kernels of nvcc and not of Triton
 BENCH = Path(__file__).parents[2] / "bench"
 TABLE, RECORD = BENCH / "compile_gate.md", BENCH / "compile_gate.json"
 WORKERS = 2
@@ -87,8 +88,19 @@ def tasks(modules: Iterable[str]) -> list[Task]:
     return found
 
 
+def cuda_tasks() -> list[Task]:
+    """Every CUDA C++ kernel on every NVIDIA chip."""
+    return [
+        Task(CUDA, index, chip.name, kernel.id, cuda_code.fingerprint(kernel, chip)[:20])
+        for chip in cuda_code.NVIDIA
+        for index, kernel in enumerate(cuda_code.KERNELS)
+    ]
+
+
 def _job(task: Task) -> Result:
     chip = next(chip for chip in CHIPS if chip.name == task.chip)
+    if task.module == CUDA:
+        return Result(*cuda_code.check(cuda_code.KERNELS[task.index], chip))
     return check(_shipped(task.module)[task.index], chip)
 
 
@@ -122,7 +134,7 @@ def sample(todo: Sequence[Task]) -> list[Task]:
     """The first launch of every kernel on every chip, and every 16th of all."""
     firsts: dict[tuple[str, str, str], Task] = {}
     for t in todo:
-        firsts.setdefault((t.module, _shipped(t.module)[t.index].kernel, t.chip), t)
+        firsts.setdefault((t.module, t.id.split(" | ")[-1], t.chip), t)
     return list(dict.fromkeys([*firsts.values(), *todo[::16]]))
 
 
@@ -133,6 +145,7 @@ def failures(todo: Sequence[Task], results: dict[str, Result]) -> list[str]:
 
 def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
     """Markdown: a line for each shipped launch, a column for each chip."""
+    compilers = f"Triton {triton.__version__} and nvcc {cuda_code.nvcc_version() or '(missing: from the record)'}"
     cells: dict[str, dict[str, Result]] = {}
     for t in todo:
         cells.setdefault(t.id, {})[t.chip] = results[t.key]
@@ -140,18 +153,19 @@ def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
     lines = [
         "# Compile gate",
         "",
-        f"Written by `python -m tests.gpu_proof.gate` with Triton {triton.__version__}: {len(cells)} launches on "
+        f"Written by `python -m tests.gpu_proof.gate` with {compilers}: {len(cells)} launches on "
         f"{len(names)} chips, {len({t.key for t in todo})} different kernels, {len(failures(todo, results))} failures.",
         "",
         "Each cell: registers a thread, shared memory, matrix instruction. Checked: no spills, no stack, shared "
         "memory within the chip's limit, no atomics, the matrix instruction and the 16-byte accesses that the op "
-        "declares, and no fused multiply-add where it promises bit-exactness.",
+        "declares, and no fused multiply-add where it promises bit-exactness. Of CUDA C++ kernels also lane "
+        "instructions a weight (i/w) in the loop that decodes; their shared memory is dynamic, the emulator checks it.",
         "",
         f"| op | config | kernel | {' | '.join(names)} |",
         f"|---|---|---|{'---|' * len(names)}",
     ]
     for id_, by_chip in cells.items():
-        found = [by_chip[name] for name in names]
+        found = [by_chip.get(name, Result("–")) for name in names]
         texts = [f"**{'; '.join(r.wrong)}**" if r.wrong else r.summary for r in found]
         lines.append(f"| {id_} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
@@ -168,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
         todo = sample(todo)
         results = run(todo, {})
     else:
+        todo += cuda_tasks() if not names or "nf4_linear" in names else []
         results = run(todo, {} if "--all" in argv else recorded(), save=True)
         record({**recorded(), **results} if names else results)
         if not names:

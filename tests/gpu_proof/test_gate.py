@@ -15,7 +15,7 @@ import triton.language as tl
 
 from lora_ops._triton import MMA, Expect, GateCase, interpreting, launch
 from lora_ops.quant.nf4_codec import triton_impl
-from tests.gpu_proof import gate, machine_code, registry
+from tests.gpu_proof import cuda_code, gate, machine_code, registry
 from tests.gpu_proof.mutant import mutant
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="compiles, so not in the interpreter")
@@ -40,10 +40,29 @@ def test_record_is_not_trusted_blindly() -> None:
     assert gate.run(todo, {}) == {t.key: known[t.key] for t in todo}
 
 
+def test_cuda_kernels_green() -> None:
+    """The kernels of nvcc; where it is missing and they have changed since the record, this fails and says so."""
+    todo = gate.cuda_tasks()
+    bad = gate.failures(todo, gate.run(todo, gate.recorded()))
+    assert not bad, "\n".join(bad)
+
+
+def test_record_of_cuda_kernels_is_not_trusted_blindly() -> None:
+    known = gate.recorded()
+    todo = [t for t in gate.cuda_tasks() if t.chip == "sm_90"]
+    if not cuda_code.nvcc():
+        pytest.skip(f"{len(gate.cuda_tasks())} results of nvcc rest on the record: {cuda_code.BUILD_HINT}")
+    again = {t.key: gate.Result(*cuda_code.check(cuda_code.KERNELS[t.index], CHIPS[t.chip])) for t in todo}
+    assert not gate.failures(todo, again)
+    assert set(cuda_code.compiled(CHIPS["sm_90"])) == set(cuda_code.KERNELS)
+    if f"nvcc {cuda_code.nvcc_version()}:" in gate.TABLE.read_text():
+        assert again == {t.key: known[t.key] for t in todo}
+
+
 def test_table_lists_what_ships() -> None:
     text = gate.TABLE.read_text()
     listed = re.findall(r"^\| (.*?_kernel) \|", text, re.MULTILINE)
-    shipped = [s.id for module in registry.ops() for s in registry.shipped_by(module)]
+    shipped = [t.id for t in gate.tasks(registry.ops()) + gate.cuda_tasks()]
     assert sorted(set(listed)) == sorted(set(shipped)), "run: python -m tests.gpu_proof.gate"
     assert "**" not in text
 
@@ -122,3 +141,22 @@ def test_shared_memory_limit() -> None:
     case = GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=256, num_warps=8))
     assert "of shared memory, sm_89 has" in wrong(case, "sm_89")
     assert "shared" not in wrong(case, "sm_90")
+
+
+@pytest.mark.skipif(not cuda_code.nvcc(), reason=f"no nvcc: {cuda_code.BUILD_HINT}")
+def test_cuda_kernels_broken(tmp_path: Path) -> None:
+    """More warps than registers allow, and no 16-byte loads of codes."""
+    changes = (
+        ("TILES <= 2 ? 16 : 8", "TILES <= 1 ? 8 : 16"),
+        ("static_assert(kWarps<TILES> * kSums", "static_assert(8 * kSums"),
+        ("= stream16(rows.packed[i] + at)", "= uint4{load(rows.packed[i] + at), 0, 0, 0}"),
+    )
+    text = cuda_code.SOURCE.read_text()
+    for old, new in changes:
+        assert old in text, "change the mutant with the kernel"
+        text = text.replace(old, new)
+    source = tmp_path / "broken.cu"
+    source.write_text(text)
+    found = {k: "; ".join(cuda_code.check(k, CHIPS["sm_90"], source)[1]) for k in cuda_code.KERNELS}
+    assert all("streaming 16-byte loads" in wrong for k, wrong in found.items() if k.tiles)
+    assert all("of stack or spills" in wrong for k, wrong in found.items() if k.tiles == 8)
