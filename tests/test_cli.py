@@ -22,7 +22,11 @@ def test_doctor_names_what_is_missing_and_the_cost(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
     monkeypatch.setattr(_native, "_load", lambda: _native.NativeError("the native library was not built"))
-    cli.main(["doctor"])
+    _native.unavailable_reason.cache_clear()
+    try:
+        cli.main(["doctor"])
+    finally:
+        _native.unavailable_reason.cache_clear()
     out = capsys.readouterr().out
     assert "missing  native     the native library was not built" in out
     assert "costs: CPU ops fall back to plain PyTorch" in out
