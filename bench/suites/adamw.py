@@ -30,7 +30,7 @@ def step(plan: Plan) -> Iterator[Comparison]:
             memory = optimizer_memory(sizes, state_bits=bits)
             for pages, budget in (
                 ("", None),
-                (", pages", 2 * memory.states),
+                (", pages", max(2 * memory.states, 128 << 10)),
                 (", a quarter paged in", max(memory.states // 4, 128 << 10)),
             ):
                 yield _step(plan, n, k, bits, budget, f"{bits}-bit, {memory.states / sum(sizes):.2f} B/param{pages}")

@@ -73,10 +73,10 @@ def test_gpu_suite_needs_a_gpu() -> None:
 
 
 def test_gpu_dry_run_walks_every_section(tmp_path: Path) -> None:
-    """From another folder, with nothing but torch and triton and without an installed lora_ops: a bare machine."""
+    """From another folder, with torch, numpy and triton alone and without an installed lora_ops: a bare machine."""
     blocker = tmp_path / "site"
     blocker.mkdir()
-    missing = ("peft", "bitsandbytes", "transformers", "accelerate", "matplotlib", "numpy", "torchao", "trl",
+    missing = ("peft", "bitsandbytes", "transformers", "accelerate", "matplotlib", "torchao", "trl",
                "datasets", "hypothesis", "pytest", "safetensors", "tqdm", "kernels", "scipy", "yaml")  # fmt: skip
     # The finder of an editable install goes as well: only the checkout may be found.
     (blocker / "sitecustomize.py").write_text(

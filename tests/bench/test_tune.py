@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bench import gpu
+from bench import measure as measuring
 from bench.clocks import CpuClock
 from bench.device import sections, tune
 from bench.device.context import Context
@@ -54,6 +56,7 @@ class MadeUpClock:
 
 
 def _tuned(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, Crossovers], float], *fields: str) -> Run:
+    monkeypatch.setattr(measuring, "gc", SimpleNamespace(collect=lambda: 0))  # slow where much is imported
     run = Run("made up")
     asked = [question for question in QUESTIONS if question.field in fields]
     for _ in tune.tune(Context(PLAN, MadeUpClock(monkeypatch, seconds), run), asked):
