@@ -11,13 +11,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lora_ops.functional import dequantize_blockwise8, dequantize_nf4, quantize_blockwise8, quantize_nf4
+from lora_ops.functional import (
+    dequantize_blockwise8,
+    dequantize_nf4,
+    nf4_linear,
+    quantize_blockwise8,
+    quantize_nf4,
+)
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.crossovers import force
 from tests.cases import (
     LinearCase,
     assert_right,
     codec_weight,
+    errors,
     rounded_weight,
     run_ours,
     wrong_quantization,
@@ -68,6 +75,24 @@ def _linear(case: LinearCase, device: str) -> str | None:
         return str(error)
     differ = [name for name, t in first.items() if not torch.equal(t, second[name])]
     return f"a second run differs in {', '.join(differ)}" if differ else None
+
+
+def _few_tokens_cases() -> Iterator[LinearCase]:
+    for m in (1, 8, 9, 16, 17, 33, 64):  # on both sides of every tile of tokens; K leaves half a step, N part of a tile
+        yield LinearCase(m, 200, 448, dtype=BF16 if m % 2 else torch.float16, double_quant=m < 16, bias=True, seed=m)
+    for m in (1, 64):
+        yield LinearCase(m, 4096, 4096, dtype=BF16, double_quant=True)
+    yield LinearCase(3, 200, 97, dtype=BF16, double_quant=True)
+
+
+def _forward(case: LinearCase, device: str) -> str | None:
+    """y alone, for backends that have no backward."""
+    inputs = case.inputs(device)
+    with torch.no_grad():
+        first, second = (nf4_linear(inputs.x, inputs.nf4, inputs.bias) for _ in range(2))
+    if wrong := errors(inputs, {"y": first})["y"].wrong:
+        return wrong
+    return None if torch.equal(first, second) else "a second run differs"
 
 
 def _kstep_cases() -> Iterator[LinearCase]:
@@ -137,6 +162,7 @@ def _blockwise8(signed: bool, n: int, device: str) -> str | None:
 
 def _checks() -> dict[str, dict[str, Check]]:
     linear: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _linear_cases(0)}
+    linear |= {f"y, {c.id}": functools.partial(_forward, c) for c in _few_tokens_cases()}
     lora: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _lora_cases()}
     lora |= {f"K-step, {c.id}": functools.partial(_on_kstep, c) for c in _kstep_cases()}
     quantize: dict[str, Check] = {
