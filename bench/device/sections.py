@@ -67,6 +67,7 @@ DEFAULT_SHARE = 8.0
 EXPECTED_S = {
     "peers": 0.5, "unchecked": 0.5, "compile": 45.0, "check lora_linear": 45.0, "check nf4_linear": 20.0, "tune": 50.0,
     "time lora_linear": 70.0, "time nf4_linear": 45.0, "time nf4_linear_dx": 40.0, "time dequantize": 15.0,
+    "time adamw": 20.0,
     "end to end": 75.0, "time lora_compiled": 50.0,
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ def test_contenders_share_the_base_and_hold_equal_adapters() -> None:
     suite.set_dropout(second, 0.25)
     drops = [d.p for m in second.modules() if hasattr(m, "lora_dropout") for d in m.lora_dropout.values()]
     assert drops == [0.25] * len(suite.targets(base))
+
+
+def test_peak_memory_is_the_model_s_and_what_a_step_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stand-ins for CUDA's counters: other contenders' memory, allocated before the step, does not count."""
+    log: list[str] = []
+    weight = SimpleNamespace(data_ptr=lambda: 1, nbytes=100, is_cuda=True)
+    model: Any = SimpleNamespace(parameters=lambda: iter([weight, weight]), buffers=lambda: iter([]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: log.append("before") or 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: log.append("peak") or 1030)
+    assert suite._peak(model, lambda: log.append("step")) == 130
+    assert log == ["wait", "before", "reset", "step", "wait", "peak"]
 
 
 def test_without_peft_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

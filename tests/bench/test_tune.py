@@ -21,6 +21,7 @@ from bench.device.context import Context
 from bench.device.tune import NEVER, QUESTIONS, Question, Route, best_split
 from bench.measure import Row, Run
 from bench.plan import Effort, Plan
+from bench.suites import nf4_linear
 from lora_ops import trace
 from lora_ops._triton import record_launches
 from lora_ops.quant import crossovers as table
@@ -119,6 +120,22 @@ def test_a_route_without_times_answers_nothing(monkeypatch: pytest.MonkeyPatch) 
         pass
     assert run.crossovers == {}
     assert "not measured" in run.notes[0]
+
+
+@pytest.fixture
+def _wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = nf4_linear.nf4_linear
+    monkeypatch.setattr(nf4_linear, "nf4_linear", lambda *args: right(*args) * 1.02)
+
+
+@pytest.mark.usefixtures("_wrong_op")
+def test_a_wrong_route_is_neither_timed_nor_chosen() -> None:
+    run = Run("wrong")
+    for _ in tune.tune(Context(PLAN, CpuClock(), run), QUESTIONS[:1]):
+        pass
+    assert {row.status for row in run.rows} == {"wrong"}
+    assert run.bad
+    assert run.crossovers == {}
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.field)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_no_process_outlives_its_section(monkeypatch: pytest.MonkeyPatch, tmp_pa
     section = warm.warm(_context())
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert "1 of 1 processes" in next(section)
+    begin = time.monotonic()
     section.close()  # as when its share of the time is over
+    assert time.monotonic() - begin < 30  # not until it ends by itself
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
