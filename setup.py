@@ -109,7 +109,10 @@ class BuildNative(build_ext):
         code.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
         sources = map(str, sorted((ROOT / CUDA_SOURCE_DIR).glob("*.cu")))
         includes = [f"-I{ROOT / 'csrc/include'}"]
-        self._run([nvcc, *CUDA_FLAGS, *code, *includes, "-shared", "-o", str(library), *sources])
+        try:
+            self._run([nvcc, *CUDA_FLAGS, *code, *includes, "-shared", "-o", str(library), *sources])
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"lora_ops: the CUDA kernels were not built: {error}") from error
 
     def _openmp(self, compiler: list[str]) -> list[str]:
         probe = [*compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]
