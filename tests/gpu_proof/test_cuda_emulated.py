@@ -188,26 +188,30 @@ def test_packed_bytes_are_read_once(emulated: Emulated) -> None:
     assert emulated.count("stored") == 2 * n
 
 
-@pytest.mark.parametrize("m", [1, 64])
-def test_addresses_beyond_32_bits(emulated: Emulated, m: int) -> None:
-    """N · K = 2^34 on pretended memory: every address of the first, a middle and the last block."""
-    n, k = 1 << 22, 4096
-    n_blocks = n * k // 64
+def run_virtually(emulated: Emulated, m: int, n: int, k: int, rows: int) -> None:
+    """The first, a middle and the last block, of `rows` rows each, on pretended memory: every address is checked."""
+    n_blocks = -(-n * k // 64)
     places = {name: (i + 1) << 48 for i, name in enumerate(("packed", "absmax", "map", "nested", "offset", "x", "y"))}
-    sizes = {"packed": n * k // 2, "absmax": n_blocks, "map": 1024, "nested": n_blocks // 256 * 4, "offset": 4}
+    sizes = {"packed": n * k // 2, "absmax": n_blocks, "map": 1024, "nested": -(-n_blocks // 256) * 4, "offset": 4}
     sizes |= {"x": m * k * 2, "y": m * n * 2}
     weight = _cuda.NF4Weight(places["packed"], None, *(places[p] for p in ("absmax", "map", "nested", "offset")), 64)
-    blocks = n // 32 // (16 if m == 1 else 8)
-    for block in (0, blocks // 2, blocks - 1):
+    call = emulated.lib.lora_ops_cuda_nf4_linear
+    for block in (0, n // rows // 2, n // rows - 1):
         emulated.lib.emulator_reset(0, block)
         for name, place in places.items():
             emulated.lib.emulator_allow(place, sizes[name], name == "y")
-        status = emulated.lib.lora_ops_cuda_nf4_linear(
-            byref(weight), n, k, places["x"], m, k, None, places["y"], 2, None
-        )
-        assert status == 0, emulated.lib.emulator_error().decode()
-        assert emulated.count("blocks") == blocks
-        assert emulated.count("stored") == n // blocks * m * 2
+        if call(byref(weight), n, k, places["x"], m, k, None, places["y"], 2, None):
+            raise EmulatorError(emulated.lib.emulator_error().decode())
+        assert emulated.count("blocks") == n // rows
+        assert emulated.count("stored") == rows * m * 2
+
+
+HUGE = {"packed codes": (1, 1 << 22, 4096, 512), "y": (64, 1 << 26, 256, 256), "any shape": (3, 1 << 22, 4095, 8)}
+
+
+@pytest.mark.parametrize("shape", HUGE.values(), ids=HUGE)
+def test_addresses_beyond_32_bits(emulated: Emulated, shape: tuple[int, int, int, int]) -> None:
+    run_virtually(emulated, *shape)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 64), (5, 0, 64), (3, 5, 0)])
@@ -238,6 +242,16 @@ STORE = "if (first_row + row >= p.n || first_token + token >= p.m) continue;"
 FILL = "    fill_table<T>(32 * kWarps<TILES>);\n    sync_block();"
 SUMS = "}\n    sync_block();\n    for (int e = member"
 ENTRY = "byte * kEntry + at % 2 * 64"
+Y = "(first_token + token) * p.n + first_row + row, round_to<T>(total)"
+
+
+def broken(folder: Path, old: str, new: str) -> Emulated:
+    """The kernels with `old` in their source replaced by `new`."""
+    text = SOURCE.read_text()
+    assert old in text, "change the mutant with the kernel"
+    changed = folder / "broken.cu"
+    changed.write_text(text.replace(old, new))
+    return Emulated(changed, folder, "-O0")
 
 
 @pytest.mark.parametrize(
@@ -259,13 +273,22 @@ ENTRY = "byte * kEntry + at % 2 * 64"
          "no barrier for the table", "no barrier for the sums", "lanes diverge", "alignment"],
 )  # fmt: skip
 def test_broken(tmp_path: Path, change: tuple[str, str], found: str) -> None:
-    text = SOURCE.read_text()
-    assert change[0] in text, "change the mutant with the kernel"
-    changed = tmp_path / "broken.cu"
-    changed.write_text(text.replace(*change))
-    broken = Emulated(changed, tmp_path, "-O0")
     with pytest.raises((AssertionError, EmulatorError), match=found):
-        assert_y_right(broken, LinearCase(m=3, n=33, k=448, dtype=torch.bfloat16))
+        assert_y_right(broken(tmp_path, *change), LinearCase(m=3, n=33, k=448, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "huge"),
+    [
+        ((ROW, f"static_cast<int>({ROW})"), "packed codes"),
+        ((Y, Y.replace("(first_token + token) * p.n", "static_cast<int>((first_token + token) * p.n)")), "y"),
+        (("const int64_t e = row * p.k + k;", "const int e = row * p.k + k;"), "any shape"),
+    ],
+    ids=HUGE,
+)
+def test_int32_addresses(tmp_path: Path, change: tuple[str, str], huge: str) -> None:
+    with pytest.raises(EmulatorError, match="out of bounds"):
+        run_virtually(broken(tmp_path, *change), *HUGE[huge])
 
 
 # The backend.
