@@ -4,7 +4,8 @@ Needs setuptools and a C++17 compiler, nothing else. Without a working compiler 
 backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are
 honoured.
 
-With LORA_OPS_BUILD_CUDA=1 csrc/cuda becomes lora_ops/_liblora_ops_cuda.so likewise, by nvcc of CUDA_HOME or the PATH.
+With LORA_OPS_BUILD_CUDA=1 csrc/cuda becomes lora_ops/_liblora_ops_cuda.so likewise, by nvcc of CUDA_HOME or the PATH;
+"only" builds nothing else, and LORA_OPS_CUDA_ARCHITECTURES=90 for one generation alone.
 """
 
 import os
@@ -47,7 +48,7 @@ X86_SOURCES = {
     "lora_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
 # Each runs on its successors of the same generation; PTX of the last one serves what comes after.
-CUDA_ARCHITECTURES = (80, 89, 90, 100, 120)
+CUDA_ARCHITECTURES = os.environ.get("LORA_OPS_CUDA_ARCHITECTURES", "80,89,90,100,120").split(",")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -134,11 +135,13 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+BUILD_CUDA = os.environ.get("LORA_OPS_BUILD_CUDA", "0")
+
 setup(
     # The names only tell setuptools that there is something to build for the platform.
     ext_modules=[
-        Extension(NATIVE, sources=[], optional=True),
-        *([Extension(CUDA, sources=[])] if os.environ.get("LORA_OPS_BUILD_CUDA") == "1" else []),
+        *([Extension(NATIVE, sources=[], optional=True)] if BUILD_CUDA != "only" else []),
+        *([Extension(CUDA, sources=[])] if BUILD_CUDA in ("1", "only") else []),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -73,6 +73,11 @@ def _load() -> ctypes.CDLL | CudaError:
         return error
 
 
+def reload() -> None:
+    """Look for the library again, once it has been built."""
+    _load.cache_clear()
+
+
 def library() -> ctypes.CDLL:
     """The loaded library. Raises CudaError with the reason if there is none."""
     lib = _load()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.clocks import clock_for
-from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, cuda_works, share, with_backends
+from bench.device.sections import DRY_PLAN, PLAN, SECTIONS, Context, Progress, cuda_works, share
 from bench.environment import traceback_text
 from bench.files import write_json
 from bench.report import run_from_dict
@@ -48,7 +48,7 @@ def run_sections(names: Sequence[str], path: Path, *, deadline: float, dry: bool
         broken = False
         try:
             if context is None:
-                plan = with_backends(DRY_PLAN if dry else PLAN)
+                plan = DRY_PLAN if dry else PLAN
                 context = Context(plan, clock_for(plan.device), progress.run, dry)
             for what in SECTIONS[name](context):
                 print(f"[{name}] {what}", flush=True)

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from bench.device.checks import Check
-from lora_ops.functional import dequantize_blockwise8, dequantize_nf4, lora_linear, quantize_blockwise8, quantize_nf4
+from lora_ops.functional import (
+    dequantize_blockwise8,
+    dequantize_nf4,
+    lora_linear,
+    nf4_linear,
+    quantize_blockwise8,
+    quantize_nf4,
+)
 from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import NF4Tensor
 from tests.cases import LinearCase, LinearInputs, codec_weight, run_ours
@@ -121,6 +128,17 @@ def _linear(case: LinearCase, changes: dict[str, int], device: str) -> Captured:
     return Captured(operands_of(inputs), operands_of(others), call)
 
 
+def _forward(case: LinearCase, device: str) -> Captured:
+    """y alone, for backends that have no backward."""
+    inputs, others = (LinearCase(**{**vars(case), "seed": seed}).inputs(device) for seed in (0, 1))
+
+    def call() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"y": nf4_linear(inputs.x, inputs.nf4, inputs.bias)}
+
+    return Captured(operands_of(inputs), operands_of(others), call)
+
+
 def _lora_drawn(case: LinearCase, device: str) -> Captured:
     """The scale as an operand, and a seed that the op draws itself."""
     inputs, others = (LinearCase(**{**vars(case), "seed": seed}).inputs(device) for seed in (0, 1))
@@ -169,6 +187,9 @@ def _linear_cases() -> Iterator[tuple[str, Callable[[str], Captured]]]:
     for route, m in (("GEMV", 3), ("GEMM", 48), ("decode + cuBLAS", 520)):
         case = LinearCase(m, n, k, dtype=BF16, bias=True, double_quant=m > 48)
         yield f"{route}, {case.id}", functools.partial(_linear, case, {})
+    for m in (1, 16, 64):
+        case = LinearCase(m, n, k, dtype=BF16, bias=True, double_quant=True)
+        yield f"y, {case.id}", functools.partial(_forward, case)
 
 
 def _lora_cases() -> Iterator[tuple[str, Callable[[str], Captured]]]:

@@ -7,7 +7,7 @@ until then stays, whatever happens afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +26,7 @@ from bench.peers import notes
 from bench.plan import Effort, Plan
 from bench.suites import GPU_SUITES, SUITES
 from lora_ops import BackendError, use_backend
-from lora_ops._dispatch import OPS, Op
+from lora_ops._dispatch import BACKENDS, OPS, Op
 from lora_ops.quant.crossovers import force
 
 PLAN = Plan(
@@ -52,11 +52,14 @@ DRY_PLAN = Plan(
 )
 
 
-def with_backends(plan: Plan) -> Plan:
-    """The plan with each fast backend of the device as a contender of its own, where there is more than one."""
+def with_backends(plan: Plan, wrong: Collection[str] = ()) -> Plan:
+    """The plan with each fast backend of the device as a contender of its own, where there is more than one.
+
+    Those of which a check was wrong take no part; where it serves by itself, "auto" still shows it.
+    """
     fast = {name for op in registered_ops() for name, why in backends_of(op, plan.device).items() if why is None}
-    fast -= {"reference"}
-    return replace(plan, backends=("auto", *sorted(fast))) if len(fast) > 1 else plan
+    fast -= {"reference", *wrong}
+    return replace(plan, backends=("auto", *sorted(fast)) if len(fast) > 1 else ("auto",))
 
 
 Section = Callable[[Context], Iterator[str]]
@@ -117,7 +120,10 @@ def _checking(cases: dict[str, Check], ops: list[Op], *, captured: bool = False)
 
     def run(context: Context) -> Iterator[str]:
         device, lead = context.plan.device, ops[0]
-        for backend, unavailable in backends_of(lead, device).items():
+        # Those that serve by themselves first: one that does not yet may break the process.
+        for backend, unavailable in sorted(
+            backends_of(lead, device).items(), key=lambda b: not BACKENDS[b[0]].automatic
+        ):
             if unavailable:
                 context.run.notes.append(f"- {lead.name} on {backend}: not available: {unavailable}")
                 continue
@@ -184,7 +190,8 @@ def _tune(context: Context) -> Iterator[str]:
 
 def _timing(op: str) -> Section:
     def run(context: Context) -> Iterator[str]:
-        plan, clock = context.plan, context.clock
+        wrong = {check["backend"] for check in context.run.checks if check["status"] == "wrong"}
+        plan, clock = with_backends(context.plan, wrong), context.clock
         with force(**context.run.crossovers):
             for comparison in {**SUITES, **GPU_SUITES}[op](plan):
                 begin = time.perf_counter()

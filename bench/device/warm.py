@@ -2,13 +2,14 @@
 
 The checks need about 200 kernels, 0.3 to 1 s each; one after the other they would take a third of the suite's time.
 Nothing is reported from here: the checks run again, in their sections. A process that dies costs the others nothing.
+One more process builds the CUDA C++ kernels, where they are missing and nvcc is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from bench.device.checks import CHECKS, Check
 from bench.device.context import Context
 from bench.environment import ROOT
-from lora_ops import use_backend
+from lora_ops import _cuda, use_backend
 
 WORKERS = 8
 POLL_S = 2.0
@@ -54,27 +55,50 @@ def worker_command(index: int, count: int) -> list[str]:
     return [sys.executable, "-c", f"from bench.device.warm import work; print(work({index}, {count}, 'cuda'))"]
 
 
+def build_command() -> list[str]:
+    """The command that builds the CUDA C++ kernels in place."""
+    return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "LORA_OPS_BUILD_CUDA": "only",
+        "LORA_OPS_CUDA_ARCHITECTURES": f"{major}{minor}",  # of this GPU alone: a few seconds
+    }
+
+
 def warm(context: Context) -> Iterator[str]:
     """Compile in several processes; yields while they run, and ends them if it is closed."""
     if context.dry:
         yield f"{work(0, 100, context.plan.device)} checks ran"
         return
     count = max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
-    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    start = functools.partial(
-        subprocess.Popen, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
-    )
-    begin = time.perf_counter()
-    processes = [start(worker_command(index, count)) for index in range(count)]
+    commands = [worker_command(index, count) for index in range(count)]
+    build = _cuda.unavailable_reason() is not None and torch.version.hip is None
+    commands += [build_command()] * build
+    begin, environment = time.perf_counter(), _environment()
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        for command in commands
+    ]
     try:
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_S)
-            yield f"{sum(process.poll() is None for process in processes)} of {count} processes compile"
-        died = [process.returncode for process in processes if process.returncode]
-        told = f"{time.perf_counter() - begin:.0f} s in {count} processes" + f", {len(died)} died" * bool(died)
+            yield f"{sum(process.poll() is None for process in processes)} of {len(processes)} processes compile"
+        died = sum(bool(process.returncode) for process in processes[:count])
+        told = f"{time.perf_counter() - begin:.0f} s in {count} processes" + f", {died} died" * bool(died)
         context.run.notes.append(f"- kernels of the checks compiled ahead: {told}")
         yield told
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
             process.wait()
+        if build:
+            _cuda.reload()
+            reason = _cuda.unavailable_reason()
+            context.run.notes.append(f"- the CUDA C++ kernels: {f'not built: {reason}' if reason else 'built here'}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import gpu
+from bench.clocks import CpuClock
 from bench.device import child, sections
 from bench.device.checks import CHECKS
 from bench.device.discover import backends_of, registered_ops
@@ -211,6 +212,21 @@ def test_a_section_that_takes_its_share_leaves_the_others_theirs(
     assert progress.skipped == ["the rest of slow", "the rest of last"]
     # 500 s: a fifth for the first; the second needs 10 s, so the last has all that is left.
     assert {name: progress.run.notes.count(name) for name in ("10", "0.1")} == {"10": 11 + 39, "0.1": 100}
+
+
+def test_a_backend_with_a_wrong_check_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "backends_of", lambda op, device: {"cuda": None, "triton": None, "reference": None})
+    assert sections.with_backends(sections.PLAN).backends == ("auto", "cuda", "triton")
+    assert sections.with_backends(sections.PLAN, {"cuda"}).backends == ("auto",)
+
+
+def test_what_serves_by_itself_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "backends_of", lambda op, device: {"cuda": None, "native": None, "reference": None})
+    monkeypatch.setattr(sections, "_judge", lambda backend, device, check: ("ok", backend))
+    run = Run("test")
+    for _ in sections.SECTIONS["check nf4_linear"](sections.Context(sections.DRY_PLAN, CpuClock(), run, dry=True)):
+        pass
+    assert list(dict.fromkeys(check["backend"] for check in run.checks)) == ["native", "reference", "cuda"]
 
 
 def test_expected_times_are_of_sections() -> None:
