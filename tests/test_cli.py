@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from lora_ops import _native, cli
 
@@ -31,6 +32,17 @@ def test_doctor_names_what_is_missing_and_the_cost(
     assert "missing  native     the native library was not built" in out
     assert "costs: CPU ops fall back to plain PyTorch" in out
     assert "without peft: pip install 'lora_ops[train]'" in out
+
+
+def test_doctor_tells_where_the_routes_of_a_gpu_come_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip of tomorrow")
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "routes by defaults that were not measured on this chip" in out
+    assert "bench.gpu --tune" in out
 
 
 def test_usage() -> None:

@@ -42,11 +42,11 @@ def _over_baseline(op: str, contender: str = OURS, *, inverse: bool = False, **w
     return values
 
 
-def _over(op: str, others: Sequence[str], *, inverse: bool = False, **where: Any) -> Values:
+def _over(op: str, others: Sequence[str], contender: str = OURS, *, inverse: bool = False, **where: Any) -> Values:
     """Time over that of the fastest of `others` in the same comparison (or its inverse)."""
 
     def values(rows: Sequence[Row]) -> Iterator[tuple[Row, float | None]]:
-        for row in _select(rows, op, OURS, **where):
+        for row in _select(rows, op, contender, **where):
             beside = [other for other in rows if other.contender in others and _comparison(other) == _comparison(row)]
             times = [other.median_ms for other in beside if other.median_ms is not None]
             if times:
@@ -82,6 +82,7 @@ def _comparison(row: Row) -> tuple[Any, ...]:
 
 LAYERS = (4096, 14336)  # N of the layers that the aims are set for
 _LORA = {"m": 8192, "n": 4096, "k": 4096, "r": 16}
+_CUDA = f"{OURS} cuda"  # off by default: faster than Triton's or not is what decides
 _BY_HAND = ("eager PEFT formula", "addmm by hand")
 
 AIMS = (
@@ -99,6 +100,10 @@ AIMS = (
         _over("nf4_linear", ("bitsandbytes",), inverse=True, m=(16, 32, 64))),
     Aim("nf4_linear, M = 1, times as fast as dense", 2.0, True,
         _over_baseline("nf4_linear", inverse=True, m=1, n=LAYERS)),
+    Aim("the same of the CUDA C++ kernels, M = 16–64", 1.5, True,
+        _over("nf4_linear", ("bitsandbytes",), _CUDA, inverse=True, m=(16, 32, 64))),
+    Aim("the same of the CUDA C++ kernels, M = 1", 2.0, True,
+        _over_baseline("nf4_linear", _CUDA, inverse=True, m=1, n=LAYERS)),
     Aim("dequantize, double-quantized, % of the copy bandwidth", 80.0, True,
         _of_limit("dequantize", variant="out=, double", n=LAYERS)),
 )  # fmt: skip

@@ -69,6 +69,12 @@ def test_speed_ups() -> None:
     assert _verdict(rows, "nf4_linear, M = 16") == ("missed", 1.25)
 
 
+def test_kernels_that_are_off_by_default_have_aims_of_their_own() -> None:
+    rows = [_row("nf4_linear", name, 1, ms, ms) for name, ms in (("lora_ops", 0.6), ("lora_ops cuda", 0.4))]
+    assert _verdict(rows, "nf4_linear, M = 1,") == ("missed", pytest.approx(1 / 0.6))
+    assert [aim["verdict"] for aim in judge(rows) if aim["aim"].endswith("kernels, M = 1")] == ["reached"]
+
+
 def test_the_report_shows_them() -> None:
     run = Run("gpu", aims=judge([_row("nf4_linear", "lora_ops", 1, 1.0, 1.0)]))
     about = {"cpu": "c", "cores": 1, "threads": 1, "cpu_capability": "", "load_at_start": 0, "native": "", "date": "",

@@ -16,7 +16,7 @@ import torch
 from bench import gpu
 from bench import measure as measuring
 from bench.clocks import CpuClock
-from bench.device import sections, tune
+from bench.device import child, sections, tune
 from bench.device.context import Context
 from bench.device.tune import NEVER, QUESTIONS, Question, Route, best_split
 from bench.measure import Row, Run
@@ -191,7 +191,13 @@ def test_without_triton_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPa
     assert not run.crossovers
 
 
-def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(args: Any, left: list[str], path: Path, deadline: float, report: Any) -> str:
+        return "" if child.run_sections(left, path, deadline=deadline, dry=args.dry_run) == 0 else "failed"
+
+    monkeypatch.setattr(gpu, "_run_child", here)  # without a process of its own
     assert gpu.main(["--dry-run", "--tune", "--output", str(tmp_path)]) == 0
     (entry,) = json.loads((tmp_path / "crossovers.json").read_text()).values()
     assert set(entry) == set(vars(Crossovers()))
