@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, report
 from bench import measure as measuring
 from bench.clocks import CpuClock
 from bench.device import child, sections, tune
 from bench.device.context import Context
 from bench.device.tune import NEVER, QUESTIONS, Question, Route, best_split
-from bench.measure import Row, Run
+from bench.measure import Comparison, Contender, Row, Run
 from bench.plan import Effort, Plan
 from bench.suites import nf4_linear
 from lora_ops import trace
@@ -168,16 +168,16 @@ def test_every_field_is_asked_for() -> None:
     assert {question.field for question in QUESTIONS} == set(vars(Crossovers()))
 
 
-def test_times_are_taken_with_what_was_measured() -> None:
+def test_times_are_taken_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    class Clock(CpuClock):
-        def interleave(self, runs: Any, effort: Effort) -> dict[str, list[float]]:
-            seen.append(crossovers(torch.device("cpu")).nf4_gemm_max_m)
-            return super().interleave(runs, effort)
+    def contender() -> Contender:
+        return Contender(lambda: seen.append(crossovers(torch.device("cpu")).nf4_gemm_max_m), lambda: None, 0)
 
+    comparison = Comparison("lora_generation", "", 1, 1, 1, 0.0, "lora_ops", {"lora_ops": contender})
+    monkeypatch.setitem(sections.SUITES, "lora_generation", lambda plan: iter([comparison]))
     run = Run("r", crossovers={"nf4_gemm_max_m": 77})
-    for _ in sections.SECTIONS["time lora_generation"](Context(PLAN, Clock(), run, dry=True)):
+    for _ in sections.SECTIONS["time lora_generation"](Context(PLAN, CpuClock(), run, dry=True)):
         pass
     assert set(seen) == {77}
     assert crossovers(torch.device("cpu")).nf4_gemm_max_m != 77
@@ -194,10 +194,12 @@ def test_without_triton_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPa
 def test_the_command_writes_what_it_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def here(args: Any, left: list[str], path: Path, deadline: float, report: Any) -> str:
+    def here(args: Any, left: list[str], path: Path, deadline: float, told: Any) -> str:
         return "" if child.run_sections(left, path, deadline=deadline, dry=args.dry_run) == 0 else "failed"
 
-    monkeypatch.setattr(gpu, "_run_child", here)  # without a process of its own
+    monkeypatch.setattr(gpu, "_run_child", here)  # without a process of its own, charts, or long collections
+    monkeypatch.setattr(report, "write_charts", lambda *args: [])
+    monkeypatch.setattr(measuring, "gc", SimpleNamespace(collect=lambda: 0))
     assert gpu.main(["--dry-run", "--tune", "--output", str(tmp_path)]) == 0
     (entry,) = json.loads((tmp_path / "crossovers.json").read_text()).values()
     assert set(entry) == set(vars(Crossovers()))
