@@ -18,12 +18,16 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `kernel[grid](*args, **meta)`; meta holds constexprs, num_warps and num_stages."""
+    """One kernel launch: `kernel[grid](*args, **meta)`; meta holds constexprs, num_warps and num_stages.
+
+    `reaches` are tensors that are no arguments: their addresses stand in one.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     meta: dict[str, Any]
+    reaches: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Recorder:
 
 
 _recorders: list[Recorder] = []
+_under_way: list[Launch] = []  # what a kernel may touch, for the interpreter's checks
 
 
 @contextmanager
@@ -50,13 +55,32 @@ def record_launches(*, run: bool = True) -> Iterator[Recorder]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch `kernel[grid](*args, **meta)`; an empty grid launches nothing."""
+    """Launch `kernel[grid](*args, **meta)`; an empty grid launches nothing.
+
+    `reaches=tensors` names what the kernel touches through addresses that an argument holds; it is no argument itself.
+    """
+    reaches = tuple(meta.pop("reaches", ()))
     if 0 in grid:
         return
+    call = Launch(kernel, grid, args, meta, reaches)
     for recorder in _recorders:
-        recorder.launches.append(Launch(kernel, grid, args, meta))
+        recorder.launches.append(call)
     if not all(recorder.run for recorder in _recorders):
         return
+    _under_way.append(call)
+    try:
+        _run(call)
+    finally:
+        _under_way.pop()
+
+
+def launch_under_way() -> Launch | None:
+    """The launch whose kernel runs in the interpreter just now."""
+    return _under_way[-1] if _under_way else None
+
+
+def _run(call: Launch) -> None:
+    kernel, grid, args, meta = call.kernel, call.grid, call.args, call.meta
     device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
     if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the operands are

@@ -18,6 +18,8 @@ from lora_ops.functional import (
     quantize_blockwise8,
     quantize_nf4,
 )
+from lora_ops.kernels.adamw import Slice, adamw_
+from lora_ops.kernels.adamw import constants as adamw_constants
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.crossovers import force
 from tests.cases import (
@@ -160,6 +162,43 @@ def _blockwise8(signed: bool, n: int, device: str) -> str | None:
     return None if torch.equal(got, expected) else "dequantized values differ from map[code] · absmax"
 
 
+def _adamw(bits: int, dtype: torch.dtype, grad_dtype: torch.dtype, seed: int | None, device: str) -> str | None:
+    """Three slices of one launch and one more for another dtype, two steps: the bits of the reference on the CPU."""
+    from lora_ops.kernels.adamw.reference import adamw_ as reference
+
+    rows = torch.tensor([adamw_constants(t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1) for t in (1, 2)])
+    names = ("param", "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+    n_of = (70_001, 256, 5000, 300)
+    results = []
+    for where, ours in ((device, True), ("cpu", False)):
+        slices = []
+        for i, n in enumerate(n_of):
+            g = torch.Generator().manual_seed(n)
+            p = torch.randn(n, generator=g).to(torch.float32 if i == 3 else dtype)
+            grad = torch.randn(n, generator=g).to(torch.float32 if i == 3 else grad_dtype)
+            codes = (torch.full((n,), 127, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8))  # zeros
+            states = (torch.zeros(n), torch.zeros(n), None, None)
+            coded = (*codes, torch.zeros(-(-n // 256)), torch.zeros(-(-n // 256)))
+            tensors = [t if t is None else t.to(where) for t in (p, grad, *(coded if bits == 8 else states))]
+            slices.append(Slice(*tensors, stream=i, first=256 * i))  # type: ignore[arg-type]
+        for step in (1, 2):
+            if not ours:
+                absmaxes = [a for s in slices for a in (s.exp_avg_absmax, s.exp_avg_sq_absmax) if a is not None]
+                index = torch.tensor([[step - 1, s.stream, step, s.first] for s in slices])
+                lists = ([getattr(s, name) for s in slices] for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
+                reference(*lists, absmaxes, rows, index, seed)
+            else:
+                for s in slices:
+                    s.row, s.step = step - 1, step
+                adamw_(slices, [tuple(row) for row in rows.tolist()], seed=seed)
+        results.append([{name: getattr(s, name) for name in names} for s in slices])
+    for n, got, expected in zip(n_of, *results, strict=True):
+        for name in names:
+            if expected[name] is not None and not torch.equal(got[name].cpu(), expected[name]):
+                return f"{int((got[name].cpu() != expected[name]).sum())} values of {name} [{n}] differ"
+    return None
+
+
 def _checks() -> dict[str, dict[str, Check]]:
     linear: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _linear_cases(0)}
     linear |= {f"y, {c.id}": functools.partial(_forward, c) for c in _few_tokens_cases()}
@@ -185,7 +224,15 @@ def _checks() -> dict[str, dict[str, Check]]:
         for n in (1, 256, 1000, 70_000)
         for signed in (True, False)
     }
+    floats = [(p, g) for p in FLOATS for g in dict.fromkeys((p, torch.float32))]
+    adamw: dict[str, Check] = {
+        f"{bits}-bit {p} {g} seed {seed}": functools.partial(_adamw, bits, p, g, seed)
+        for bits in (32, 8)
+        for p, g in floats
+        for seed in ((None, 5) if p == BF16 else (None,))
+    }
     return {
+        "adamw_": adamw,
         "nf4_linear": linear,
         "nf4_linear_dx": linear,
         "lora_linear": lora,

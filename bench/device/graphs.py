@@ -32,6 +32,7 @@ BF16 = torch.bfloat16
 WARM_UPS = 3  # compiles kernels, loads them and fills caches, none of which a capture allows
 
 SYNCHRONIZES = {
+    "adamw_": "copies addresses and the step's constants from the host, once a step for all tensors",
     "quantize_nf4": "tells the caller of inf and NaN, for which it reads a flag on the host; once a weight",
     "quantize_blockwise8": "tells the caller of inf and NaN, for which it reads a flag on the host",
 }

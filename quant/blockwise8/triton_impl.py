@@ -60,7 +60,8 @@ def map_on(device: torch.device, *, signed: bool) -> Tensor:
 
 
 @functools.cache
-def _thresholds_on(device: torch.device, *, signed: bool) -> Tensor:
+def thresholds_on(device: torch.device, *, signed: bool) -> Tensor:
+    """The 255 decision thresholds of the dynamic map on `device`."""
     return dynamic_thresholds(signed).to(device)
 
 
@@ -72,7 +73,7 @@ def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tenso
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
     launch(
         _quantize_blockwise8_kernel, (triton.cdiv(n, rows * block_size),),
-        x, codes, absmax, _thresholds_on(x.device, signed=signed), n,
+        x, codes, absmax, thresholds_on(x.device, signed=signed), n,
         BLOCK=block_size, ROWS=rows, num_warps=rows * block_size // 512, enable_fp_fusion=False,
     )  # fmt: skip
     if x.device.type != "meta" and not bool(torch.isfinite(absmax).all()):

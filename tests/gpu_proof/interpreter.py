@@ -23,7 +23,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as ti
 
-from lora_ops._triton import Launch, interpreting
+from lora_ops._triton import Launch, interpreting, launch_under_way
 
 if not interpreting():
     raise RuntimeError("tests.gpu_proof.interpreter: set TRITON_INTERPRET=1 before triton is imported")
@@ -163,6 +163,7 @@ class _Frame:
     virtual: bool = False
     tables: tuple[tuple[int, int], ...] = ()
     seen: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)  # bytes touched, by kind and tensor
+    real: tuple[tuple[int, int], ...] = ()  # tensors of a virtual launch that exist
 
 
 MAX_TABLE = 4096
@@ -269,7 +270,8 @@ def _report(frame: _Frame, kind: str, address: int, lanes: int, i: int, size: in
 
 def _masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **kwargs: Any) -> Any:
     _access("load", ptrs, mask.data)
-    if not _frames[-1].virtual:
+    address = int(np.asarray(ptrs.data).flat[0])
+    if not _frames[-1].virtual or any(begin <= address < end for begin, end in _frames[-1].real):
         return _ORIGINALS["create_masked_load"](self, ptrs, mask, other, *rest, **kwargs)
     dtype = ptrs.get_element_ty()
     zeros = np.zeros(np.shape(ptrs.data), dtype=ti._get_np_dtype(dtype))
@@ -290,7 +292,9 @@ def _no_atomics(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
     name = self.fn.__name__
-    _frames.append(_frame(name, [(n, _span(t)) for n, t in _tensors(bound)]))
+    call = launch_under_way()
+    reached = {} if call is None else {f"reached[{i}]": t for i, t in enumerate(call.reaches)}
+    _frames.append(_frame(name, [(n, _span(t)) for n, t in _tensors({**bound, **reached})]))
     for traffic in _counters:
         k = traffic.kernels.setdefault(name, KernelTraffic())
         k.launches += 1
@@ -340,23 +344,31 @@ def _functions(fn: Any, seen: dict[int, dict[str, Any]]) -> dict[int, dict[str, 
     return seen
 
 
-def run_virtually(launch: Launch, programs: Sequence[tuple[int, ...]] | None = None) -> None:
+def run_virtually(
+    launch: Launch, programs: Sequence[tuple[int, ...]] | None = None, reaches: Sequence[tuple[int, int]] = ()
+) -> None:
     """Run programs of a recorded launch (first, middle and last if None) on pretended memory and check every address.
 
     Loads yield 0, and of a long loop five steps are run. Integers wrap as on the chip, so int32 offsets that overflow
-    land outside of every tensor.
+    land outside of every tensor. Arguments on the CPU are what they are: a table of addresses is read, and `reaches`
+    are the [begin, end) that it tells of.
     """
     fn = launch.kernel.rewrite()
     executor = ti.GridExecutor(fn, launch.kernel.arg_names, launch.grid)
     grid = (*launch.grid, 1, 1)[:3]
     if programs is None:
         programs = [(0, 0, 0), tuple(g // 2 for g in grid), tuple(g - 1 for g in grid)]
-    spans: list[tuple[str, tuple[int, int]]] = []
+    spans: list[tuple[str, tuple[int, int]]] = [(f"reached[{i}]", span) for i, span in enumerate(reaches)]
+    real: list[tuple[int, int]] = []
 
     def stand_in(name: str, arg: Any) -> Any:
         if isinstance(arg, tuple):
             return tuple(stand_in(f"{name}[{i}]", a) for i, a in enumerate(arg))
         if not isinstance(arg, torch.Tensor):
+            return arg
+        if arg.device.type == "cpu":
+            spans.append((name, _span(arg)))
+            real.append(_span(arg))
             return arg
         begin = (len(spans) + 1) << 48  # far apart: an overflow of one tensor does not end up in the next
         first, end = _span(arg)
@@ -371,6 +383,7 @@ def run_virtually(launch: Launch, programs: Sequence[tuple[int, ...]] | None = N
     for names in modules:
         names["range"] = _sparse_range
     _frames.append(_frame(fn.__name__, spans, virtual=True))
+    _frames[-1].real = tuple(real)
     try:
         args = {n: a if n in executor.constexprs else ti._implicit_cvt(a) for n, a in bound.items()}
         ti.interpreter_builder.set_grid_dim(*grid)
