@@ -33,7 +33,7 @@ import torch
 from bench.device.aims import judge
 from bench.device.child import load_progress, run_sections
 from bench.device.sections import SECTIONS, Progress
-from bench.environment import command_line, describe, slug
+from bench.environment import command_line, describe, slug, traceback_text
 from bench.files import write_json
 from bench.measure import Run
 from bench.report import write_report
@@ -74,7 +74,11 @@ def supervise(args: argparse.Namespace, folder: Path, about: dict) -> Run:
     def report(run: Run) -> None:
         if any(name.startswith("time") for name in args.sections):
             run.aims = judge(run.rows)
-        write_report(folder, about, [run])
+        try:
+            write_report(folder, about, [run])
+        except Exception:  # it must not cost what is still to be measured
+            run.failures.append({"section": "report", "reason": traceback_text()})
+            write_json(folder / "results.json", {"about": about, "runs": [asdict(run)]})
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "progress.json"

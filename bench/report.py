@@ -21,6 +21,7 @@ def run_from_dict(data: dict[str, Any]) -> Run:
 def write_report(folder: Path, about: dict[str, Any], runs: Sequence[Run]) -> None:
     """Write everything measured so far; called after every section, so that no crash loses what came before."""
     write_json(folder / "results.json", {"about": about, "runs": [asdict(run) for run in runs]})
+    write_text(folder / "report.md", markdown(about, runs, []))  # a chart that cannot be drawn leaves this one
     charts = write_charts(folder, about, runs)
     write_text(folder / "report.md", markdown(about, runs, charts))
 

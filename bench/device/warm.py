@@ -21,6 +21,7 @@ from bench.device.checks import CHECKS, Check
 from bench.device.context import Context
 from bench.environment import ROOT
 from lora_ops import _cuda, use_backend
+from lora_ops._dispatch import BACKENDS
 
 WORKERS = 8
 POLL_S = 2.0
@@ -33,7 +34,8 @@ def _todo(device: str) -> list[tuple[str, Check]]:
     found: dict[int, tuple[str, Check]] = {}
     for op in registered_ops():
         for backend, unavailable in backends_of(op, device).items():
-            if unavailable is None and (backend != "reference" or device == "cpu"):
+            compiles = BACKENDS[backend].automatic and backend != "reference"
+            if unavailable is None and (compiles or device == "cpu"):
                 found |= {id(check): (backend, check) for check in CHECKS.get(op.name, {}).values()}
     return list(found.values())
 

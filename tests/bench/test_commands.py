@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, report
 from bench.clocks import CpuClock
 from bench.device import child, sections
 from bench.device.checks import CHECKS
@@ -153,6 +155,25 @@ def test_a_process_that_dies_or_hangs_costs_one_section(
     assert [failure["section"] for failure in run["failures"]] == ["ceilings"]
     assert reason in run["failures"][0]["reason"]
     assert run["notes"] == ["began unchecked", "began ceilings", "began time quantize"]
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*args: object) -> list[str]:
+        raise RuntimeError("no font")
+
+    def here(args: Namespace, left: list[str], path: Path, deadline: float, told: Callable[[], None]) -> str:
+        told()  # as after each section
+        child.run_sections(left, path, deadline=deadline, dry=True)
+        return ""
+
+    monkeypatch.setattr(report, "write_charts", broken)
+    monkeypatch.setattr(gpu, "_run_child", here)
+    assert gpu.main(["--dry-run", "--sections", "ceilings,unchecked", "--output", str(tmp_path)]) == 1
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [failure["section"] for failure in run["failures"]] == ["report"]
+    assert "no font" in run["failures"][0]["reason"]
+    assert run["ceilings"]
+    assert "ceilings: copy" in (tmp_path / "report.md").read_text()
 
 
 def test_a_process_that_cannot_start_ends_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
