@@ -52,12 +52,22 @@ DRY_PLAN = Plan(
 )
 
 
-def with_backends(plan: Plan, wrong: Collection[str] = ()) -> Plan:
-    """The plan with each fast backend of the device as a contender of its own, where there is more than one.
+# The op that a suite is about, where it has another name.
+LEADS = {
+    "quantize": "quantize_nf4",
+    "dequantize": "dequantize_nf4",
+    "lora_generation": "lora_linear",
+    "lora_compiled": "lora_linear",
+    "adamw": "adamw_",
+}
+
+
+def with_backends(plan: Plan, op: Op, wrong: Collection[str] = ()) -> Plan:
+    """The plan with each fast backend of an op as a contender of its own, where there is more than one.
 
     Those of which a check was wrong take no part; where it serves by itself, "auto" still shows it.
     """
-    fast = {name for op in registered_ops() for name, why in backends_of(op, plan.device).items() if why is None}
+    fast = {name for name, unavailable in backends_of(op, plan.device).items() if unavailable is None}
     fast -= {"reference", *wrong}
     return replace(plan, backends=("auto", *sorted(fast)) if len(fast) > 1 else ("auto",))
 
@@ -191,7 +201,7 @@ def _tune(context: Context) -> Iterator[str]:
 def _timing(op: str) -> Section:
     def run(context: Context) -> Iterator[str]:
         wrong = {check["backend"] for check in context.run.checks if check["status"] == "wrong"}
-        plan, clock = with_backends(context.plan, wrong), context.clock
+        plan, clock = with_backends(context.plan, OPS[LEADS.get(op, op)], wrong), context.clock
         with force(**context.run.crossovers):
             for comparison in {**SUITES, **GPU_SUITES}[op](plan):
                 begin = time.perf_counter()

@@ -21,7 +21,8 @@ from bench.device.checks import CHECKS
 from bench.device.discover import backends_of, registered_ops
 from bench.files import write_json
 from bench.measure import Run
-from bench.suites import SUITES
+from bench.suites import GPU_SUITES, SUITES
+from lora_ops._dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,8 +238,13 @@ def test_a_section_that_takes_its_share_leaves_the_others_theirs(
 
 def test_a_backend_with_a_wrong_check_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sections, "backends_of", lambda op, device: {"cuda": None, "triton": None, "reference": None})
-    assert sections.with_backends(sections.PLAN).backends == ("auto", "cuda", "triton")
-    assert sections.with_backends(sections.PLAN, {"cuda"}).backends == ("auto",)
+    op = OPS["nf4_linear"]
+    assert sections.with_backends(sections.PLAN, op).backends == ("auto", "cuda", "triton")
+    assert sections.with_backends(sections.PLAN, op, {"cuda"}).backends == ("auto",)
+
+
+def test_every_suite_is_about_an_op() -> None:
+    assert {sections.LEADS.get(suite, suite) for suite in (*SUITES, *GPU_SUITES)} <= set(OPS)
 
 
 def test_what_serves_by_itself_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
