@@ -63,8 +63,9 @@ T nf4_decode_one(const uint8_t* packed, int64_t i, float absmax) {
 template <class Vec, class T>
 void nf4_dequantize(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, T* out) {
     out -= begin;  // out[i] is element i from here on
-    for (int64_t i = begin; i < end;) {
-        const int64_t block = i / w.block_size;
+    // Blocks are counted: to divide for each takes as long as to decode 64 elements.
+    int64_t block = begin / w.block_size;
+    for (int64_t i = begin; i < end; ++block) {
         const int64_t block_end = (block + 1) * w.block_size < end ? (block + 1) * w.block_size : end;
         const float absmax = nf4_absmax(w, block);
         if (i % 2) {
