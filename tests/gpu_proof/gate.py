@@ -3,7 +3,7 @@
     python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.md and .json
     python -m tests.gpu_proof.gate nf4_codec    # only the ops named; writes their results to the .json alone
     python -m tests.gpu_proof.gate --all        # trust no recorded result
-    python -m tests.gpu_proof.gate --sample     # every kernel once a chip and every 16th launch, anew; writes nothing
+    python -m tests.gpu_proof.gate --check      # the same, but writes nothing: for another version of Triton
 
 No GPU is needed. The launchers run on meta tensors, so signatures, alignment and options are those that a GPU would
 see. The .json records results by fingerprint (source, signature, options, Triton, these rules): what stands there need
@@ -173,13 +173,12 @@ def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     names = [a for a in argv if not a.startswith("--")]
-    if unknown := set(argv) - set(names) - {"--all", "--sample"}:
-        print(f"gate: expected op names, --all or --sample, got {' '.join(sorted(unknown))}", file=sys.stderr)
+    if unknown := set(argv) - set(names) - {"--all", "--check"}:
+        print(f"gate: expected op names, --all or --check, got {' '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     modules = [m for m in registry.ops() if not names or m.split(".")[-2] in names]
     todo = tasks(modules)
-    if "--sample" in argv:
-        todo = sample(todo)
+    if "--check" in argv:
         results = run(todo, {})
     else:
         todo += cuda_tasks() if not names or "nf4_linear" in names else []
