@@ -27,22 +27,22 @@ inline __m512i transpose_lanes(__m512i bytes) {
 }
 
 struct Blockwise8Lines {
-    __m512 slope[Blockwise8Code::kLines], offset[Blockwise8Code::kLines];
-    explicit Blockwise8Lines(const Blockwise8Code& code) {
-#pragma GCC unroll 7
-        for (int i = 0; i < code.kLines; ++i) {
-            slope[i] = _mm512_set1_ps(code.slope[i]);
-            offset[i] = _mm512_set1_ps(code.offset[i]);
+    __m512i rise[2], base[2];
+    explicit Blockwise8Lines(const Blockwise8Code& code)
+        : rise{_mm512_load_si512(code.rise[0]), _mm512_load_si512(code.rise[1])},
+          base{_mm512_load_si512(code.base[0]), _mm512_load_si512(code.base[1])} {}
+
+    // Of the upper halves of 32 positive floats.
+    __m512i guess(__m512i half) const {
+        half = _mm512_max_epi16(half, _mm512_set1_epi16(Blockwise8Code::kFirstExponent << 7));
+        const __m512i exponent = _mm512_srli_epi16(half, 7), fraction = _mm512_slli_epi16(half, 9);
+        __m512i line[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {  // permutes read 5 bits of an index
+            const __m512i risen = _mm512_mulhi_epu16(fraction, _mm512_permutexvar_epi16(exponent, rise[i]));
+            line[i] = _mm512_add_epi16(risen, _mm512_permutexvar_epi16(exponent, base[i]));
         }
-    }
-    // Integer part of the least line at a >= 0.
-    __m512i operator()(__m512 a) const {
-        __m512 least = _mm512_fmadd_ps(a, slope[0], offset[0]);
-#pragma GCC unroll 7
-        for (int i = 1; i < Blockwise8Code::kLines; ++i) {
-            least = _mm512_min_ps(least, _mm512_fmadd_ps(a, slope[i], offset[i]));
-        }
-        return _mm512_cvttps_epi32(least);
+        return _mm512_srli_epi16(_mm512_min_epu16(line[0], line[1]), 8);
     }
 };
 
@@ -57,27 +57,26 @@ struct Avx512Blockwise8 {
     template <bool kSigned>
     static void encode64(const float* x, __m512 scale, const Blockwise8Code& code, const Blockwise8Lines& lines,
                          uint8_t* codes) {
-        const __m512i sign = _mm512_set1_epi32(INT32_MIN), one = _mm512_set1_epi32(kOneBits);
-        const __m512i zero = _mm512_setzero_si512();
         __m512 v[4], threshold[4];
-        __m512i guess[4];
+        __m512i half[4], guess[2];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            // Clamped as bits, which keeps even a NaN inside the table.
-            const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), scale));
+            v[i] = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), scale);
+            half[i] = _mm512_srai_epi32(_mm512_castps_si512(v[i]), 16);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
             if (kSigned) {
-                const __m512i magnitude = _mm512_min_epu32(_mm512_andnot_si512(sign, bits), one);
-                v[i] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(sign, bits), magnitude));
-                // 127 + guess for positive v, 126 - guess for negative ones
-                const __m512i mirrored = _mm512_xor_si512(lines(_mm512_castsi512_ps(magnitude)), _mm512_srai_epi32(bits, 31));
-                guess[i] = _mm512_max_epi32(_mm512_add_epi32(mirrored, _mm512_set1_epi32(127)), zero);
+                const __m512i word = _mm512_packs_epi32(half[2 * i], half[2 * i + 1]);
+                // 127 + guess for positive v, 126 - guess for negative ones.
+                const __m512i magnitude = _mm512_and_si512(word, _mm512_set1_epi16(0x7fff));
+                const __m512i mirrored = _mm512_xor_si512(lines.guess(magnitude), _mm512_srai_epi16(word, 15));
+                guess[i] = _mm512_add_epi16(mirrored, _mm512_set1_epi16(127));
             } else {
-                v[i] = _mm512_castsi512_ps(_mm512_min_epi32(_mm512_max_epi32(bits, zero), one));
-                guess[i] = lines(v[i]);
+                guess[i] = lines.guess(_mm512_packus_epi32(half[2 * i], half[2 * i + 1]));  // negative v: 0
             }
         }
-        const __m512i lanes = _mm512_packus_epi16(_mm512_packus_epi32(guess[0], guess[1]),
-                                                  _mm512_packus_epi32(guess[2], guess[3]));
+        const __m512i lanes = _mm512_packus_epi16(guess[0], guess[1]);  // and what is below 0: 0
         LookUp::look_up64(code.threshold, code.threshold_bytes, lanes, threshold);
         __mmask64 above = 0;
 #pragma GCC unroll 4

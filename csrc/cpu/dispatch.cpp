@@ -192,31 +192,54 @@ void make_search(Blockwise8Code& code) {
     for (int bin = 0; bin < code.kBins; ++bin) fill(code.start[bin], least(bin), most(bin));
 }
 
+// What blockwise8_avx512.inl computes from the upper half of a positive float's bits, not below those of the first bin.
+int line_guess(const Blockwise8Code& code, int half) {
+    const int e = half >> 7 & 31, fraction = half << 9 & 0xffff;
+    const auto line = [&](int i) { return (fraction * code.rise[i][e] >> 16) + code.base[i][e]; };
+    return std::min(line(0), line(1)) >> 8;
+}
+
 // Decade d of a dynamic map, from 10^(d - 7) to 10^(d - 6), holds 2^d values of each sign, or 2^(d + 1) of one, so its
-// line rises by as many. Half a code higher than the count at every threshold: floats cannot round it to a wrong one.
+// line rises by as many: half a code above the number of thresholds where it crosses one.
 void make_lines(Blockwise8Code& code) {
     code.is_signed = code.map[0] < 0;
-    double before = 0.5;
-    for (int d = 0; d < code.kLines; ++d) {
-        const double values = code.is_signed ? 1 << d : 2 << d;
-        code.slope[d] = static_cast<float>(values / (0.9 * pow(10, d - 6)));
-        code.offset[d] = static_cast<float>(before - values / 9);
-        before += values;
-    }
-    const auto line = [&](double a) {
-        double least = INFINITY;
-        for (int d = 0; d < code.kLines; ++d) least = std::min(least, a * double{code.slope[d]} + double{code.offset[d]});
-        return least;
+    const int zero = code.is_signed ? 127 : 0, most = 255 - zero, last = 31;
+    const auto values = [&](int d) { return code.is_signed ? 1 << d : 2 << d; };
+    const auto line = [&](int d, double a) {
+        const int before = values(d) - values(0);
+        return before + 0.5 + values(d) * (a / pow(10, d - 6) - 0.1) / 0.9;
     };
-    // Count and line rise with |v|: if the line's integer part is right just below a threshold and one too low just
-    // above, at all of them, it is right or one too low everywhere. The margin is 1,000 times the rounding of floats.
-    const double margin = 1.0 / 16;
-    const int zero = code.is_signed ? 127 : 0;
-    code.linear = line(0) >= margin && line(1) <= 256 - zero - margin;
-    for (int i = 0; i < 255; ++i) {
-        const int count = i >= zero ? i - zero : zero - 1 - i;
-        const double at = line(fabs(double{code.threshold[i]}));
-        code.linear &= (code.threshold[i] > 0) == (i >= zero) && at >= count + margin && at <= count + 1 - margin;
+    for (int e = 0; e < last; ++e) {
+        const double low = ldexp(1, e - last), high = 2 * low;
+        // A bin is up to 0.56 codes wide (unsigned, above 0.5), and the last threshold is a quarter above the line.
+        const double lift = e == last - 1 ? 0.4 : 0.1;
+        for (int i = 0; i < 2; ++i) {
+            int d = 0;  // the decade in which the binade begins, or ends
+            while (d < 6 && (i ? high : low) > pow(10, d - 6)) ++d;
+            code.rise[i][e] = static_cast<uint16_t>(lround(256 * (line(d, high) - line(d, low))));
+            code.base[i][e] = static_cast<uint16_t>(lround(256 * (line(d, low) + lift)));
+        }
+    }
+    for (int i = 0; i < 2; ++i) {  // 1 and, with the same low bits of the exponent, inf and NaN: the last code
+        code.rise[i][last] = 0;
+        code.base[i][last] = static_cast<uint16_t>(256 * most);
+    }
+
+    // The search starts at `index` and goes on by one at most: that must do for all values of every bin.
+    const auto count = [&](float v) {
+        return static_cast<int>(std::lower_bound(code.threshold, code.threshold + 255, v) - code.threshold);
+    };
+    code.linear = count(1) == 255 && (!code.is_signed || count(-1) == 0);
+    const int first = code.kFirstExponent << 7, one = 127 << 7;
+    for (int half = first; half < one; ++half) {
+        const int guess = line_guess(code, half);
+        const float low = half == first ? 0.0f : bits_float(static_cast<uint32_t>(half) << 16);
+        const float high = bits_float((static_cast<uint32_t>(half) << 16) + 0xffff);
+        const auto serves = [&](int index, float least, float largest) {
+            return count(largest) - 1 <= index && index <= count(least);
+        };
+        code.linear &= serves(zero + guess, low, high);
+        if (code.is_signed) code.linear &= serves(std::max(126 - guess, 0), -high, -low);
     }
 }
 

@@ -13,19 +13,21 @@ namespace lora_ops {
 // counts the thresholds below the whole bin, and the search goes on from there. Both dynamic maps have at most one
 // threshold a bin, so one comparison settles it.
 //
-// The dynamic maps: each decade is a straight line and five times as steep as the next one, so the number of
-// thresholds below |v| is the integer part of the least of seven lines, or one more, which one comparison settles.
+// The dynamic maps: each decade is a straight line, steeper than the next one, and no binade meets more than two of them.
+// So in the bin of 7 bits of mantissa that holds |v|, the number of thresholds below it is the integer part of the lesser
+// of two lines, or one more, which one comparison settles. Lines are by exponent, 16-bit fixed point.
 struct Blockwise8Code {
     static constexpr int kFirstKey = (127 - 23) << 7;
     static constexpr int kBins = (127 << 7) - kFirstKey + 1;
-    static constexpr int kLines = 7;
+    static constexpr int kFirstExponent = 127 - 31;  // biased; the lowest of 32, in whose first bin smaller values fall
 
     alignas(64) float map[256];
     alignas(64) float threshold[256];         // largest fp32 <= midpoint of values i and i + 1; the last is +inf
     alignas(64) uint8_t map_bytes[4][256];    // byte i of each value: a permute of bytes looks up 64 codes at once
     alignas(64) uint8_t threshold_bytes[4][256];
-    float slope[kLines], offset[kLines];
-    bool is_signed, linear;    // linear: the lines are proven to serve this map
+    alignas(64) uint16_t rise[2][32];         // of a line over the binade, in 1 / 256; by the exponent's low 5 bits
+    alignas(64) uint16_t base[2][32];         // its value where the binade begins
+    bool is_signed, linear;                   // linear: the lines were found to serve this map in every bin
     int most_steps;            // comparisons that settle any v
     uint8_t start[2 * kBins];  // bins of positive v, then of negative v
     uint8_t padding[3];        // a vector gather reads 4 bytes at each start
