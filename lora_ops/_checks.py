@@ -42,11 +42,14 @@ def check_shape(name: str, t: Tensor, **dims: int) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors that are given live on the device of the first one."""
-    present = [(name, t) for name, t in tensors.items() if t is not None]
-    first_name, first = present[0]
-    for name, t in present[1:]:
-        if t.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} (that of {first_name}), got {t.device}")
+    first = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if first is None:
+            first_name, first = name, t.device
+        elif t.device != first:
+            raise ValueError(f"{name}: expected device {first} (that of {first_name}), got {t.device}")
 
 
 def check_last_dim(name: str, t: Tensor, k: int) -> None:
