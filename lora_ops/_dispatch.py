@@ -127,6 +127,11 @@ def trace() -> Iterator[Trace]:
             _traces[:] = [t for t in _traces if t is not record]
 
 
+def tracing() -> bool:
+    """Whether a trace is open."""
+    return bool(_traces)
+
+
 def _check_backend_name(source: str, name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join([*BACKENDS, 'auto'])}, got {name!r}")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 # torch comes first: the library then uses the OpenMP runtime, and so the threads, that torch has loaded.
 import torch
@@ -357,9 +358,16 @@ def adamw(
 ) -> None:
     """One AdamW step of many slices: each the 13 fields of lora_ops_adamw_slice; constants fp32 [rows, 8]."""
     fields = (c_int64 * (13 * len(slices)))(*itertools.chain.from_iterable(slices))
+    adamw_fields(fields, len(slices), constants, signed_map, unsigned_map, seed)
+
+
+def adamw_fields(
+    fields: Any, count: int, constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
+) -> None:
+    """`adamw` of `count` slices that lie in memory already; fields is their address or a ctypes array."""
     status = library().lora_ops_adamw(
         fields,
-        len(slices),
+        count,
         constants.data_ptr(),
         constants.shape[0],
         signed_map.data_ptr(),

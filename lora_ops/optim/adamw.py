@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lora_ops.kernels.adamw import constants
+from lora_ops.kernels.adamw import Table, constants
 from lora_ops.optim import checkpoint, statedict
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import effective_bits
@@ -83,6 +84,8 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed if stochastic_rounding else None
         self._failed: str | None = None
         self._added: set[int] = set()
+        self._pattern: list[int] = []  # the parameters that had a gradient in the last step
+        self._routine: _Routine | None = None
         self.page_budget = budget
         hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
@@ -127,6 +130,9 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
+        if self._routine and self._routine.serves() and self._step_again(self._routine):
+            return loss
+        self._routine = None
         params, jobs, rows = self._plan()
         if not jobs:
             return loss
@@ -140,7 +146,62 @@ class AdamW(torch.optim.Optimizer):
                 p.copy_(job.param.view(p.shape))
             self.state[p]["step"] = job.step
         increment_version(params)
+        self._note_routine(params, jobs)
         return loss
+
+    def _note_routine(self, params: list[Tensor], jobs: list[Job]) -> None:
+        """After two steps with gradients for the same parameters, lay out the next one."""
+        pattern, self._pattern = self._pattern, [job.index for job in jobs]
+        if pattern != self._pattern or not isinstance(self._store, ResidentStates):
+            return
+        for p, job in zip(params, jobs, strict=True):
+            in_place = p.grad is not None and job.grad.data_ptr() == p.grad.data_ptr()
+            if p.device.type != "cpu" or not in_place or job.param.data_ptr() != p.data_ptr():
+                return
+        with_grad = set(self._pattern)
+        members = [
+            (p, p.data_ptr(), None if p.grad is None else p.grad.dtype, self.state[p] if i in with_grad else None)
+            for i, p in enumerate(self._params())
+        ]
+        self._routine = _Routine(self._store.table(jobs), members)
+
+    def _step_again(self, routine: _Routine) -> bool:
+        """Do a step for which only values, addresses of gradients and hyperparameters have changed; else do nothing."""
+        members = iter(routine.members)
+        params, states, grads, index, steps, rows = [], [], [], [], [], []
+        for group in self.param_groups:
+            first = 0
+            for p in group["params"]:
+                known, address, dtype, state = next(members, _NOBODY)
+                grad = p.grad
+                if p is not known or (grad is None) != (state is None):
+                    return False
+                if grad is None or state is None:
+                    continue
+                if p.data_ptr() != address or grad.dtype is not dtype or grad.layout is not torch.strided:
+                    return False
+                step = state["step"] + 1
+                if not grad.is_contiguous() or step != (first or step):
+                    return False
+                if not first:
+                    first = step
+                    rows.append(_constants(step, group))
+                params.append(p)
+                states.append(state)
+                grads.append(grad.data_ptr())
+                index.append(len(rows) - 1)
+                steps.append(step)
+        if next(members, None) is not None:
+            return False
+        try:
+            routine.table.run(grads, index, steps, rows, self._seed)
+        except BaseException as error:
+            self._failed = f"a step was cut short ({type(error).__name__}: {error})"
+            raise
+        for state, step in zip(states, steps, strict=True):
+            state["step"] = step
+        increment_version(params)
+        return True
 
     def _plan(self) -> tuple[list[Tensor], list[Job], list[tuple[float, ...]]]:
         """The parameters with a gradient, a job for each, and the constants of each (group, step) once."""
@@ -248,6 +309,7 @@ class AdamW(torch.optim.Optimizer):
     def close(self) -> None:
         """Give back memory and files now; otherwise that happens when the optimizer is deleted."""
         self._failed = self._failed or "it was closed"
+        self._routine = None
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,6 +322,7 @@ class AdamW(torch.optim.Optimizer):
             Spec(i, params[i].numel(), effective_bits(params[i].numel(), bits[i]), params[i].device) for i in steps
         ]
         self._failed = "loading a state was cut short"
+        self._routine = None
         self._store.reset()
         self.state.clear()
         self._added = set()
@@ -284,6 +347,20 @@ class AdamW(torch.optim.Optimizer):
             raise PagingError("AdamW: the optimizer was closed")
         if self._failed:
             raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
+
+
+@dataclass(frozen=True)
+class _Routine:
+    """A step laid out; members are (parameter, address, the gradient's dtype, state or None if it has no gradient)."""
+
+    table: Table
+    members: list[tuple[Tensor, int, torch.dtype | None, dict[str, Any] | None]]
+
+    def serves(self) -> bool:
+        return self.table.serves()
+
+
+_NOBODY: tuple[Any, int, None, None] = (None, 0, None, None)
 
 
 def _spec(index: int, p: Tensor, group: dict[str, Any]) -> Spec:

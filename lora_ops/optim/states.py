@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lora_ops.kernels.adamw import Slice, adamw_
+from lora_ops.kernels.adamw import Slice, Table, adamw_
 from lora_ops.optim.layout import Packer, Segment, States, converted, new_states, views
 from lora_ops.optim.pages import Pager
 
@@ -70,6 +70,10 @@ class ResidentStates:
             slices[job.param.device].append(_slice(job, job.param, job.grad, self.states[job.index], 0))
         for group in slices.values():
             adamw_(group, rows, seed=seed)
+
+    def table(self, jobs: Sequence[Job]) -> Table:
+        """The same step again; for parameters on the CPU."""
+        return Table([_slice(job, job.param, job.grad, self.states[job.index], 0) for job in jobs])
 
     def fill(self, source: Source) -> None:
         """Load the states of every parameter."""

@@ -1,0 +1,129 @@
+"""Steps that repeat the last one go to the kernel without work for each tensor: the same bits, whatever changes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_ops
+from lora_ops import _native
+from lora_ops.optim import AdamW
+
+pytestmark = pytest.mark.skipif(not _native.available(), reason=f"needs the native library: {_native.BUILD_HINT}")
+SHAPES = ((70, 80), (5000,), (3,), (0, 4), (64, 64))
+
+
+def grads(step: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=g) for shape in SHAPES]
+
+
+class Twins:
+    """The same parameters under two optimizers: one steps as it likes, the other under a trace, tensor by tensor."""
+
+    def __init__(self, **kwargs: int) -> None:
+        start = grads(1000)
+        self.params = [[nn.Parameter(p.clone()) for p in start] for _ in range(2)]
+        groups = [[{"params": ps[:2]}, {"params": ps[2:], "lr": 0.1, "weight_decay": 0.0}] for ps in self.params]
+        self.fast, self.slow = (AdamW(g, lr=1e-2, **kwargs) for g in groups)
+        self.steps = 0
+
+    def step(self, missing: int | None = None, transposed: bool = False) -> bool:
+        """One step of both; whether the first took the short way."""
+        self.steps += 1
+        for params in self.params:
+            for i, (p, grad) in enumerate(zip(params, grads(self.steps), strict=True)):
+                p.grad = None if i == missing else grad
+            if transposed:
+                params[4].grad = grads(self.steps)[4].t()
+        used = []
+        routine = self.fast._routine
+        if routine is not None:
+            run = routine.table.run
+            routine.table.run = lambda *args: (used.append(1), run(*args))[1]  # type: ignore[method-assign, func-returns-value]
+        self.fast.step()
+        if routine is not None:
+            del routine.table.run  # type: ignore[attr-defined]
+        with lora_ops.trace() as trace:
+            self.slow.step()
+        assert trace.backends("adamw_") == {"native"}
+        self.same()
+        return bool(used)
+
+    def same(self) -> None:
+        for a, b in zip(*self.params, strict=True):
+            assert torch.equal(a, b)
+        states = [o.state_dict()["state"] for o in (self.fast, self.slow)]
+        for i, state in states[1].items():
+            for name, t in state.items():
+                assert torch.equal(states[0][i][name], t), (i, name)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_routine_step_gives_the_same_bits(bits: int) -> None:
+    twins = Twins(state_bits=bits)
+    assert [twins.step() for _ in range(6)] == [False, False, True, True, True, True]
+    for optimizer in (twins.fast, twins.slow):
+        optimizer.param_groups[0]["lr"] = 0.03
+        optimizer.param_groups[1]["betas"] = (0.5, 0.9)
+    assert twins.step()
+
+
+def test_what_ends_a_routine() -> None:
+    """A gradient that is missing or strided, storage or dtype that changes, groups that grow, a loaded state."""
+    twins = Twins()
+
+    def settle() -> None:
+        for _ in range(2):
+            twins.step()
+        assert twins.step()
+
+    settle()
+    assert not twins.step(missing=1)
+    assert not any(twins.step() for _ in range(4))  # parameter 1 is a step behind the other one of its group
+    twins = Twins()
+    settle()
+    assert not twins.step(transposed=True)
+    settle()
+    for params in twins.params:
+        params[0].data = params[0].data.clone()
+    assert not twins.step()
+    settle()
+    for optimizer in (twins.fast, twins.slow):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert not twins.step()
+    settle()
+    for optimizer in (twins.fast, twins.slow):
+        p = nn.Parameter(torch.ones(7))
+        p.grad = torch.ones(7)
+        optimizer.add_param_group({"params": [p]})
+    assert not twins.step()
+    assert torch.equal(*(o.param_groups[2]["params"][0] for o in (twins.fast, twins.slow)))
+
+
+def test_gradients_are_not_kept_alive() -> None:
+    twins = Twins()
+    for _ in range(3):
+        twins.step()
+    p = twins.params[0][0]
+    assert p.grad is not None
+    grad = weakref.ref(p.grad)
+    p.grad = None
+    gc.collect()
+    assert grad() is None
+
+
+def test_backward_sees_the_parameter_change() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p])
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        loss = (p * p).sum()
+        optimizer.step()
+    assert optimizer._routine is not None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
