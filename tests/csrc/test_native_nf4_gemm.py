@@ -108,6 +108,15 @@ def test_sums_and_rows_beyond_a_panel(isa: str, shape: tuple[int, int, int], dty
     assert_right(inputs, results(inputs))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [64, 128, 256, 4096])
+@pytest.mark.parametrize("m", [3, 8, 20])
+def test_blocks_that_end_within_rows(isa: str, m: int, block_size: int, double_quant: bool) -> None:
+    """Rows of 5 times 64: the kernels for aligned rows count the blocks that they meet along rows and down columns."""
+    inputs = LinearCase(m, 128, 320, dtype=torch.bfloat16, block_size=block_size, double_quant=double_quant).inputs()
+    assert_right(inputs, results(inputs))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 300, 512), (3, 301, 513), (8, 256, 256), (70, 128, 320), (300, 65, 1100)])
 def test_threads_and_repetition_do_not_change_bits(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
