@@ -9,7 +9,7 @@ namespace lora_ops {
 
 // What a low-rank update adds to a product before its one rounding, where the bits say so.
 struct LowRank {
-    const void* left;  // [m, rank] in the product's dtype, rows stride_left elements apart
+    const void* left;  // [m, rank] in the product's dtype, with zeros up to a multiple of 32
     int64_t stride_left, rank;
     const void* right;  // y: B [N, rank]; dX: A [rank, K]; contiguous
     int right_dtype;

@@ -1,7 +1,7 @@
 // A product with a frozen weight, blocked for the cache; written once for every instruction set.
 //
-// The weight is decoded, or copied, panel by panel: kColumns columns of the output and up to kDepth terms of their sums, laid out
-// as the micro-kernel reads it. A panel stays in the L2 cache and is multiplied with all rows of the task. Sums stay
+// The weight is decoded, or copied, panel by panel: kColumns columns of the output and up to kDepth terms of their sums,
+// laid out as the micro-kernel reads it. A panel stays in the L2 cache and is multiplied with all rows of the task. Sums stay
 // in registers over a panel and, where one panel does not hold a whole sum, wait in fp32 for the next.
 //
 // Engine supplies, for its element type T of a, bias and out:

@@ -74,9 +74,9 @@ Gemm base_product(const lora_ops_adapter& adapter, const lora_ops_weight& weight
     return g;
 }
 
-// Of left [m, lanes] in 16 bits.
+// Of left in 16 bits.
 size_t left_bytes(const lora_ops_adapter& adapter, int64_t m) {
-    return static_cast<size_t>(m * lora_lanes(adapter.r) * 2 + 63) / 64 * 64;
+    return static_cast<size_t>(m * left_stride(adapter.r) * 2 + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -128,7 +128,7 @@ int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight
     if (!f.left) return LORA_OPS_NO_MEMORY;
     const int status = kernels().forward(f);
     if (status != LORA_OPS_OK) return status;
-    low.stride_left = lora_lanes(adapter->r);
+    low.stride_left = left_stride(adapter->r);
     low.rank = adapter->r;
     low.right = adapter->b;
     low.right_dtype = adapter->b_dtype;
@@ -164,7 +164,7 @@ int lora_ops_lora_backward(const lora_ops_adapter* adapter, const lora_ops_weigh
     b.bits = bits_bytes ? reinterpret_cast<uint8_t*>(memory + left_bytes(*adapter, m)) : nullptr;
     const int status = kernels().backward(b);
     if (status != LORA_OPS_OK) return status;
-    const LowRank low = {memory, lora_lanes(adapter->r), adapter->r,    adapter->a, adapter->a_dtype,
+    const LowRank low = {memory, left_stride(adapter->r), adapter->r,    adapter->a, adapter->a_dtype,
                          b.bits, b.bits_stride};
     g.low_rank = &low;
     return run_gemm(g, n_threads);

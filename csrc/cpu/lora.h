@@ -22,7 +22,7 @@ struct LoraForward {
     void* y;
     int64_t y_stride;
     int n_threads;
-    void* left;  // [m, lora_lanes(r)]
+    void* left;  // [m, left_stride(r)]
 };
 
 // One call of lora_ops_lora_backward; a null output is not computed. With left, ds goes there, in dtype, and the mask to
@@ -42,13 +42,13 @@ struct LoraBackward {
     void* db;
     void* dbias;
     int n_threads;
-    void* left;     // [m, lora_lanes(r)]
+    void* left;     // [m, left_stride(r)]
     uint8_t* bits;  // [m, bits_stride], if there is a mask
     int64_t bits_stride;
 };
 
 // Elements between rows of left, of which those from r on are zero.
-constexpr int64_t lora_lanes(int64_t r) { return (r + 15) / 16 * 16; }
+constexpr int64_t left_stride(int64_t r) { return (r + 31) / 32 * 32; }
 
 // forward and backward return a lora_ops_status.
 struct LoraKernels {

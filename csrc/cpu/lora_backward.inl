@@ -125,9 +125,11 @@ int Lora<V>::backward(const LoraBackward& g) {
                     }
                     my.sums[i] = sum * (adapter.scale * keep_scale(adapter));
                 }
-                uint32_t* const left = (g.left ? static_cast<uint32_t*>(g.left) + m0 * lanes / kPair : ds_left);
+                const int64_t stride = g.left ? left_stride(r) : lanes;
+                uint32_t* const left = (g.left ? static_cast<uint32_t*>(g.left) + m0 * stride / kPair : ds_left);
                 for (int64_t i = 0; i < (g.left ? rows : padded_rows); ++i) {
-                    V::pack_row(my.sums + i * lanes, i < rows ? r : 0, nullptr, left + (m + i) * lanes / kPair, lanes);
+                    V::pack_row(my.sums + i * lanes, i < rows ? r : 0, nullptr, left + (m + i) * stride / kPair,
+                                stride);
                 }
                 for (int64_t i = 0; i < rows; i += kPair) {
                     pack_together(my.sums + i * lanes, lanes, rows - i, r, nullptr, ds_pairs + (m + i) / kPair * lanes,

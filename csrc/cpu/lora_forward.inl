@@ -166,9 +166,10 @@ int Lora<V>::forward(const LoraForward& f) {
                 }
             }
             if (f.left) {
-                uint32_t* const left = static_cast<uint32_t*>(f.left) + m * lanes / kPair;
+                const int64_t stride = left_stride(r);
+                uint32_t* const left = static_cast<uint32_t*>(f.left) + m * stride / kPair;
                 for (int64_t i = 0; i < rows; ++i) {
-                    V::pack_row(my.sums + i * lanes, r, nullptr, left + i * lanes / kPair, lanes);
+                    V::pack_row(my.sums + i * lanes, r, nullptr, left + i * stride / kPair, stride);
                 }
                 continue;
             }
