@@ -23,9 +23,9 @@
 namespace lora_ops {
 namespace {
 
-bool fuses(const Gemm& g) { return g.dtype == LORA_OPS_BF16 && (g.dx || g.dense || g.m > kMostDotRows); }
+bool fuses(const Gemm& g) { return g.dtype == LORA_OPS_BF16; }
 
-bool takes_dots(const Gemm& g) { return !g.dx && !g.dense && !g.low_rank && g.m <= kMostDotRows; }
+bool takes_dots(const Gemm& g) { return !g.dx && !g.dense && g.m <= kMostDotRows; }
 bool takes_wide_dots(const Gemm& g) { return !g.dx && g.m <= most_wide_rows(g); }
 
 GemmPlan gemm_plan(const Gemm& g, int n_threads) {

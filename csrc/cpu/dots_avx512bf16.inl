@@ -21,6 +21,30 @@ inline void write_dot(const Gemm& g, int64_t i, int64_t column, __m512 sums) {
     static_cast<BF16*>(g.out)[i * g.stride_out + column] = round_to<BF16>(sum);
 }
 
+// Elements [k, k + 32) of a row of B as bfloat16, zeros beyond its end.
+inline __m512i low_rank_vector(const LowRank& low, int64_t row, int64_t k) {
+    const int64_t at = row * low.rank + k;
+    const __mmask32 inside = first32(low.rank - k);
+    if (low.right_dtype == LORA_OPS_F32) return load32(static_cast<const float*>(low.right) + at, inside);
+    if (low.right_dtype == LORA_OPS_F16) return load32(static_cast<const F16*>(low.right) + at, inside);
+    return load32(static_cast<const BF16*>(low.right) + at, inside);
+}
+
+// Adds the low-rank update of columns column + r * apart, r < rows.
+template <int m, int rows>
+void add_low_rank_dots(const LowRank& low, int64_t column, int64_t apart, __m512 (&sum)[m][rows]) {
+    const BF16* const left = static_cast<const BF16*>(low.left);
+    for (int64_t k = 0; k < low.rank; k += 32) {
+        for (int r = 0; r < rows; ++r) {
+            const __m512bh b = as_bf16(low_rank_vector(low, column + r * apart, k));
+            for (int i = 0; i < m; ++i) {
+                const __m512bh a = as_bf16(_mm512_loadu_si512(left + i * low.stride_left + k));
+                sum[i][r] = _mm512_dpbf16_ps(sum[i][r], a, b);
+            }
+        }
+    }
+}
+
 // Columns column + r * apart of y, r < rows, with K and the block size multiples of 64; x [m, K] is mixed.
 template <int m, int rows>
 void dot_aligned(const Gemm& g, const BF16* x, int64_t column, int64_t apart) {
@@ -62,6 +86,7 @@ void dot_aligned(const Gemm& g, const BF16* x, int64_t column, int64_t apart) {
             }
         }
     }
+    if (g.low_rank) add_low_rank_dots(*g.low_rank, column, apart, sum);
     for (int i = 0; i < m; ++i) {
         for (int r = 0; r < rows; ++r) write_dot(g, i, column + r * apart, sum[i][r]);
     }
@@ -70,12 +95,12 @@ void dot_aligned(const Gemm& g, const BF16* x, int64_t column, int64_t apart) {
 // Any K and block size: one row of W, by 32 elements that are aligned in W but not in x.
 template <int m>
 void dot_any(const Gemm& g, int64_t column) {
-    __m512 sum[m];
-    for (int i = 0; i < m; ++i) sum[i] = _mm512_setzero_ps();
+    __m512 sum[m][1];
+    for (int i = 0; i < m; ++i) sum[i][0] = _mm512_setzero_ps();
     const BF16* const x = static_cast<const BF16*>(g.a);
     const int64_t begin = column * g.k, end = begin + g.k, n_bytes = (g.n * g.k + 1) / 2;
     int64_t i = begin / 32 * 32, block = i / g.w.block_size, block_end = block * g.w.block_size;
-    const auto add = [&](__m512i w, int j, __m512i a) { sum[j] = _mm512_dpbf16_ps(sum[j], as_bf16(a), as_bf16(w)); };
+    const auto add = [&](__m512i w, int j, __m512i a) { sum[j][0] = _mm512_dpbf16_ps(sum[j][0], as_bf16(a), as_bf16(w)); };
     for (; i < end; ++block) {
         block_end += g.w.block_size;
         const __m512i table = bf16_table(nf4_absmax(g.w, block));
@@ -93,7 +118,8 @@ void dot_any(const Gemm& g, int64_t column) {
             for (int j = 0; j < m; ++j) add(w, j, _mm512_maskz_loadu_epi16(mask, from + j * g.stride_a));
         }
     }
-    for (int j = 0; j < m; ++j) write_dot(g, j, column, sum[j]);
+    if (g.low_rank) add_low_rank_dots(*g.low_rank, column, 0, sum);
+    for (int j = 0; j < m; ++j) write_dot(g, j, column, sum[j][0]);
 }
 
 template <int m>

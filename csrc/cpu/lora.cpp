@@ -119,7 +119,7 @@ int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight
     if (!weight) return kernels().forward(f);
     Gemm g = base_product(*adapter, *weight, x, m, stride_x, y, stride_y, dtype, false);
     g.bias = bias;
-    if (m <= kFewRows || !gemm_fuses(g)) {
+    if (!gemm_fuses(g)) {
         const int status = run_gemm(g, n_threads);
         return status == LORA_OPS_OK ? kernels().forward(f) : status;
     }

@@ -8,8 +8,6 @@
 
 namespace lora_ops {
 
-constexpr int64_t kFewRows = 4;  // up to which forward_few of lora_forward.inl is faster: by 2 at M = 1, rank 16, 4096
-
 // One call of lora_ops_lora_forward; the names are those of its arguments. With left, scale s goes there, in dtype, and y
 // is left alone.
 struct LoraForward {

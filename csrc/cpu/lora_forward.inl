@@ -42,6 +42,8 @@ int Lora<V>::forward_few(const LoraForward& f) {
     if (!memory) return LORA_OPS_NO_MEMORY;
     place(memory);
     memset(left, 0, static_cast<size_t>(round_up(f.m, 4) * lanes) * sizeof *left);
+    T* const rounded = static_cast<T*>(f.left);
+    if (rounded) memset(rounded, 0, static_cast<size_t>(f.m * left_stride(r)) * sizeof *rounded);
 
 #pragma omp parallel num_threads(f.n_threads)
     {
@@ -74,10 +76,11 @@ int Lora<V>::forward_few(const LoraForward& f) {
                 const float s = sum_of_lanes<V>(sums[i]) * keep;
                 f.s[i * r + j] = s;
                 left[i * lanes + j] = float_bits(s * adapter.scale);
+                if (rounded) rounded[i * left_stride(r) + j] = round_to<T>(s * adapter.scale);
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < n; first += kBlock) {
+        for (int64_t first = 0; first < (rounded ? 0 : n); first += kBlock) {
             with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
                 for (int64_t c = 0; c < r; c += kTileColumns) {
                     pack_summed_columns(b, n, r, first, kBlock, c, my.right + c * kBlock, kBlock, my.tile);

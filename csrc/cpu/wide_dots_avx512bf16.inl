@@ -133,26 +133,6 @@ inline void write_wide(const Gemm& g, int64_t column, int64_t columns, float* su
     }
 }
 
-// Elements [begin, begin + n) of rows that exist of w, rounded to bfloat16, with zeros up to a multiple of 32.
-template <class T>
-void round_rows(const T* w, int64_t stride, int64_t columns, int64_t begin, int64_t n, uint16_t* rows) {
-    for (int64_t r = 0; r < kWideW; ++r) {
-        const T* const from = w + lesser(r, columns - 1) * stride + begin;
-        uint16_t* const to = rows + r * WideScratch::kRow;
-        for (int64_t k = 0; k < n; k += 32) _mm512_storeu_si512(to + k, load32(from + k, first32(n - k)));
-    }
-}
-
-inline void low_rank_rows(const Gemm& g, int64_t column, int64_t columns, int64_t begin, int64_t n, uint16_t* rows) {
-    const int64_t rank = g.low_rank->rank, first = column * rank;
-    const void* const b = g.low_rank->right;
-    switch (g.low_rank->right_dtype) {
-        case LORA_OPS_F32: return round_rows(static_cast<const float*>(b) + first, rank, columns, begin, n, rows);
-        case LORA_OPS_F16: return round_rows(static_cast<const F16*>(b) + first, rank, columns, begin, n, rows);
-        case LORA_OPS_BF16: return round_rows(static_cast<const BF16*>(b) + first, rank, columns, begin, n, rows);
-    }
-}
-
 // n elements of rows of an aligned weight, mixed; a scale for each group of 64.
 inline void decode_wide(const uint8_t* const (&packed)[kWideW], const float* const (&scales)[kWideW], int64_t n,
                         uint16_t* rows) {
@@ -184,11 +164,15 @@ inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t colum
         const uint16_t* w[kWideW];
         for (int r = 0; r < kWideW; ++r) w[r] = buffer(r);
         if (g.dense) {
-            const BF16* const from = static_cast<const BF16*>(g.dense) + begin;
-            if (n == padded) {
-                for (int r = 0; r < kWideW; ++r) w[r] = &from[row(r) * g.stride_dense].bits;
-            } else {
-                round_rows(from + column * g.stride_dense, g.stride_dense, columns, 0, n, scratch.rows);
+            for (int r = 0; r < kWideW; ++r) {
+                const BF16* const from = static_cast<const BF16*>(g.dense) + row(r) * g.stride_dense + begin;
+                if (n == padded) {
+                    w[r] = &from->bits;
+                    continue;
+                }
+                for (int64_t k = 0; k < n; k += 32) {  // with zeros where x has them
+                    _mm512_storeu_si512(buffer(r) + k, load32(from + k, first32(n - k)));
+                }
             }
         } else if (aligned) {
             const uint8_t* packed[kWideW];
@@ -219,7 +203,11 @@ inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t colum
         const int64_t n = lesser(kWideSpan, rank - begin);
         const uint16_t* w[kWideW];
         for (int r = 0; r < kWideW; ++r) w[r] = buffer(r);
-        low_rank_rows(g, column, columns, begin, n, scratch.rows);
+        for (int r = 0; r < kWideW; ++r) {
+            for (int64_t k = 0; k < n; k += 32) {
+                _mm512_storeu_si512(buffer(r) + k, low_rank_vector(*g.low_rank, row(r), begin + k));
+            }
+        }
         wide_products(w, g.m, wide_stride(n), first, scratch.sums, [&](int64_t from, int64_t) {
             const BF16* const left = static_cast<const BF16*>(g.low_rank->left);
             return WideX{left + from * g.low_rank->stride_left + begin, 32, g.low_rank->stride_left};
