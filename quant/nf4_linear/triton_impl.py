@@ -28,6 +28,7 @@ MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions, asynchronous copies
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
+    bias = None if bias is None else bias.contiguous()
     return matmul(as_rows(x), q, transposed=True, bias=bias).view(*x.shape[:-1], q.shape[0])
 
 
@@ -53,7 +54,7 @@ def matmul(
     Args:
         x: [M, K] (transposed) or [M, N], unit stride along the last dimension.
         q: (N, K).
-        bias: [N] or [K], or None.
+        bias: [N] or [K], contiguous, or None.
         add_to: of the result's shape, contiguous, or None; without bias. May be overwritten.
 
     Returns:

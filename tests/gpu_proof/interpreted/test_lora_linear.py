@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
@@ -118,12 +119,38 @@ def test_scale_is_read_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale on the GPU is passed as it is, since fetching it would wait; the results are those of the number."""
     i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.float16, weight="dense", dropout_p=0.1).inputs()
     by_value = run_ours(i)
-    monkeypatch.setattr(triton_impl, "scale_argument", lambda scale: scale)
+    monkeypatch.setattr(triton_impl, "scale_argument", lambda scale, device: scale)
     for kstep_min_m in (NEVER, 0):
         with force(kstep_min_m=kstep_min_m):
             assert_right(i, run_ours(i))
     by_pointer = run_ours(i)
     assert all(torch.equal(by_value[name], by_pointer[name]) for name in by_value)
+
+
+def test_scale_of_another_gpu() -> None:
+    """Adapters spread over several GPUs may share one scale, which a kernel could not read there."""
+    there, here = torch.device("cuda:0"), torch.device("cuda:1")
+    with FakeTensorMode():
+        for device in (there, here):
+            scale = triton_skinny.scale_argument(torch.empty((), device=there), device)
+            assert isinstance(scale, torch.Tensor)
+            assert scale.device == device
+    assert triton_skinny.scale_argument(torch.tensor(2.0), here) == 2.0
+
+
+def test_saved_sum_of_any_strides() -> None:
+    """S comes back as autograd kept it, and hooks that offload saved tensors may give it other strides."""
+    i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.bfloat16, weight="dense").inputs()
+    args = i.weight, *i.adapter(), torch.tensor(2.0)
+    _, s = triton_impl.lora_linear(i.x, *args, None, 0.0, None)
+    wide = torch.full((50, 16), torch.nan)
+    wide[:, :8] = s
+    needs = (False, False, True, False)
+    for kept in (wide[:, :8], s.T.contiguous().T):
+        _, _, db, _ = triton_impl.lora_linear_backward(i.dy, None, kept, *args, 0.0, None, needs)
+        _, _, expected, _ = triton_impl.lora_linear_backward(i.dy, None, s, *args, 0.0, None, needs)
+        assert db is not None
+        assert torch.equal(db, expected)
 
 
 def test_bitwise_repeatable() -> None:
