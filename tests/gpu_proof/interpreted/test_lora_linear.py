@@ -87,6 +87,14 @@ def test_rows_with_gaps(r: int, kstep_min_m: int) -> None:
         assert_right(inputs, run_ours(inputs))
 
 
+def test_more_rows_than_a_group_of_blocks() -> None:
+    """The K-step route numbers its programs by groups of 8 blocks of rows: whole groups, and one that is cut off."""
+    case = LinearCase(m=2 * 8 * 128 + 70, n=150, k=20, r=4, dtype=torch.bfloat16, weight="dense", bias=True)
+    inputs = case.inputs()
+    with force(kstep_min_m=0):
+        assert_right(inputs, run_ours(inputs))
+
+
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
 @pytest.mark.parametrize("r", [64, 65, 128, 255, 256])
 def test_large_ranks(r: int, kstep_min_m: int) -> None:
