@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.environment import exception_line
 from bench.measure import Unavailable
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor, nf4_code
@@ -24,11 +25,11 @@ from tests.cases import LinearInputs, keep_mask, rounded_weight
 
 
 def load(name: str) -> ModuleType:
-    """Import a peer, or say that it is missing."""
+    """Import a peer, or say that it is missing, or broken: one that does not fit this torch may raise anything."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise Unavailable(f"{name} cannot be imported: {error}") from error
+    except Exception as error:
+        raise Unavailable(f"{name} cannot be imported: {exception_line(error)}") from error
 
 
 def notes() -> list[str]:

@@ -42,7 +42,7 @@ class LinearCase:
         dropout_p: of the low-rank branch.
         scale: of the low-rank branch.
         batch: leading dimensions, so that x is [*batch, m, k].
-        contiguous: False gives x, dY, a dense weight and lora_a strides that no kernel likes.
+        contiguous: False gives x, dY, a dense weight, the adapter and the bias strides that no kernel likes.
         ill_scaled: rows of x and of W differ by up to 2^8, a few weights stand out by 2^4.
         zero_b: lora_b = 0, as at the start of training.
         seed: of all random numbers.
@@ -97,7 +97,7 @@ class LinearCase:
             w.view(-1)[torch.randint(0, w.numel(), (max(1, w.numel() // 1000),), generator=g)] *= 16
         lora_a = randn(c.r, c.k) / math.sqrt(max(c.k, 1)) if c.r else None
         lora_b = randn(c.n, c.r) * (0.0 if c.zero_b else 1 / math.sqrt(c.r)) if c.r else None
-        bias = randn(c.n).to(device, c.dtype) if c.bias else None
+        bias = randn(c.n) if c.bias else None
 
         def place(t: Tensor, dtype: torch.dtype) -> Tensor:
             t = t.to(device, dtype)
@@ -120,9 +120,9 @@ class LinearCase:
             x=place(x, c.dtype),
             dy=place(dy, c.dtype),
             weight=weight,
-            bias=bias,
+            bias=None if bias is None else place(bias[:, None], c.dtype)[:, 0],
             lora_a=None if lora_a is None else place(lora_a, adapter),
-            lora_b=None if lora_b is None else lora_b.to(device, adapter),
+            lora_b=None if lora_b is None else place(lora_b, adapter),
             seed=torch.randint(0, 2**63 - 1, (), generator=g, dtype=torch.int64).to(device),
         )
 
@@ -170,6 +170,12 @@ def _strided(t: Tensor) -> Tensor:
     view = gaps[..., ::2].transpose(-1, -2)
     view.copy_(t)
     return view
+
+
+def in_wider_rows(inputs: LinearInputs) -> LinearInputs:
+    """The same with x and dY as columns of wider tensors, NaN beside them: unit stride, and gaps between rows."""
+    x, dy = (F.pad(t, (8, 24), value=math.nan)[..., 8:-24] for t in (inputs.x, inputs.dy))
+    return replace(inputs, x=x, dy=dy)
 
 
 def exact_weight(weight: Tensor | NF4Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def expand(
     Args:
         t: [M, R], float32, contiguous; rounded to `dtype` as an operand.
         low: [R, N], any strides; likewise.
-        bias: [N] or None.
+        bias: [N], contiguous, or None.
 
     Returns:
         [M, N].

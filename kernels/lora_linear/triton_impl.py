@@ -57,8 +57,10 @@ def lora_linear(
     """y [..., N] in x's dtype and S [..., R] in float32."""
     (n, _), r = weight.shape, lora_a.shape[0]
     x2 = nf4.as_rows(x)
+    bias = None if bias is None else bias.contiguous()
+    factor = scale_argument(scale, x.device)
     s = reduce_rows(x2, _adapter(lora_a), Dropout.of(dropout_p, seed))
-    y = _with_base(x2, weight, s, _adapter(lora_b).T, bias, scale_argument(scale), NO_DROPOUT, transposed=True)
+    y = _with_base(x2, weight, s, _adapter(lora_b).T, bias, factor, NO_DROPOUT, transposed=True)
     return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
 
 
@@ -76,13 +78,13 @@ def lora_linear_backward(
 ) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
     needs_x, needs_a, needs_b, needs_bias = needs
-    factor, dropout = scale_argument(scale), Dropout.of(dropout_p, seed)
+    factor, dropout = scale_argument(scale, dy.device), Dropout.of(dropout_p, seed)
     a, b = _adapter(lora_a), _adapter(lora_b)
     dy2 = nf4.as_rows(dy)
     t = dx = da = db = dbias = None
     sum_dtype = dy.dtype if needs_bias else None
     if needs_b and s is not None:
-        s2 = nf4.as_rows(s)
+        s2 = nf4.as_rows(s).contiguous()
         if (needs_x or needs_a) and reads_once(dy.dtype, b.shape[1]):
             t, db, dbias = reduce_both(dy2, b.T, s2, factor, lora_b.dtype, sum_dtype=sum_dtype)
         else:

@@ -117,9 +117,9 @@ class Dropout:
         return self.seed is not None
 
 
-def scale_argument(scale: Tensor) -> float | Tensor:
-    """A number if `scale` lives on the CPU, else the tensor, read by the kernel: fetching it would wait for the GPU."""
-    return scale.item() if scale.device.type == "cpu" else scale
+def scale_argument(scale: Tensor, device: torch.device) -> float | Tensor:
+    """A number if `scale` lives on the CPU, else the tensor, on `device`: fetching it would wait for the GPU."""
+    return scale.item() if scale.device.type == "cpu" else scale.to(device)
 
 
 @triton.jit

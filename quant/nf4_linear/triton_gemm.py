@@ -298,7 +298,7 @@ def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     Args:
         x: [M <= 4, K] with unit stride along K.
         q: (N, K), aligned.
-        bias: [N] or None.
+        bias: [N], contiguous, or None.
         add_to: [M, N], contiguous, or None.
 
     Returns:
@@ -321,7 +321,7 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     Args:
         x: [M, K] (transposed) or [M, N], unit stride along the last dimension.
         q: (N, K).
-        bias: [N] or [K], or None.
+        bias: [N] or [K], contiguous, or None.
         add_to: of the result's shape, contiguous, or None.
 
     Returns:

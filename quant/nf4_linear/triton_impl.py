@@ -23,11 +23,11 @@ from lora_ops.quant.nf4_codec import triton_impl as codec
 from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions, asynchronous copies
 
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
+    bias = None if bias is None else bias.contiguous()
     return matmul(as_rows(x), q, transposed=True, bias=bias).view(*x.shape[:-1], q.shape[0])
 
 
@@ -53,7 +53,7 @@ def matmul(
     Args:
         x: [M, K] (transposed) or [M, N], unit stride along the last dimension.
         q: (N, K).
-        bias: [N] or [K], or None.
+        bias: [N] or [K], contiguous, or None.
         add_to: of the result's shape, contiguous, or None; without bias. May be overwritten.
 
     Returns:
@@ -76,9 +76,6 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if lead.dtype not in DTYPES:
         return f"triton kernels have no {dtype_name(lead.dtype)}"
-    cuda = lead.device.type == "cuda" and torch.version.hip is None
-    if cuda and torch.cuda.get_device_capability(lead.device) < MIN_CAPABILITY:
-        return "triton kernels need compute capability 8.0"
     return declines_device(lead.device)
 
 

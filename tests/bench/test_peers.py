@@ -103,6 +103,14 @@ def test_a_time_limit_is_lifted() -> None:
         time.sleep(1)
 
 
+def test_a_broken_peer_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that does not fit the machine's torch or driver may raise anything when it is imported."""
+    (tmp_path / "broken_peer.py").write_text("raise RuntimeError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Unavailable, match="broken_peer cannot be imported: RuntimeError: built for another torch"):
+        peers.load("broken_peer")
+
+
 @pytest.mark.parametrize(("ops", "note"), [(("rms_norm",), "none of its 1 groups"), (("lora", "rope"), "lora is not")])
 def test_a_peer_that_gains_a_lora_layer_is_noted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ops: tuple[str, ...], note: str

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable, Iterator
 
+import pytest
+import torch
+
+from lora_ops._triton import GateCase, Launch
+from lora_ops.kernels.lora_linear import triton_impl as lora
+from lora_ops.quant.nf4_linear import triton_impl as nf4
 from tests.gpu_proof import registry
 from tests.gpu_proof.interpreter import run_virtually
 
@@ -17,3 +23,46 @@ def test_addresses_of_huge_tensors(shipped: registry.Shipped) -> None:
 
 def test_some_op_is_checked() -> None:
     assert {s.op for s in HUGE} >= {"nf4_codec", "blockwise8"}
+
+
+# Other tensors of these ops that may be huge. Their kernels' signatures are those of the gate's cases.
+
+
+def _lora(m: int, n: int, k: int, r: int, *, kstep: bool = False) -> None:
+    lora._gate_call(m, n, k, r, torch.bfloat16, 0.1, kstep=kstep, needs=(True, True, True, True))
+
+
+def _nf4(m: int, n: int, k: int, row_stride: int = 0) -> None:
+    """Both directions; `row_stride` between tokens, as of a slice of something wide."""
+    q = nf4._meta_nf4(n, k, 64, nested=True)
+    for width, transposed in ((k, True), (n, False)):
+        strides = (row_stride or width, 1)
+        nf4.matmul(
+            torch.empty_strided((m, width), strides, dtype=torch.bfloat16, device="meta"), q, transposed=transposed
+        )  # fmt: skip
+
+
+LARGE: dict[str, dict[str, Callable[[], None]]] = {
+    "lora_linear": {
+        "W on the K-step route": lambda: _lora(64, 600_000, 8192, 16, kstep=True),
+        "S": lambda: _lora(9_000_000, 512, 512, 256),
+        "S on the K-step route": lambda: _lora(9_000_000, 512, 512, 256, kstep=True),
+        "partial sums of T": lambda: _lora(600_000, 16384, 512, 32),
+    },
+    "nf4_linear": {
+        "rows of x, GEMV": lambda: _nf4(4, 512, 512, 2**30),
+        "rows of x, GEMM": lambda: _nf4(64, 512, 512, 2**26),
+        "y": lambda: _nf4(256, 9_000_000, 64),
+        "dX": lambda: _nf4(256, 64, 9_000_000),
+    },
+}
+
+
+def large_launches(op: str, name: str) -> Iterator[Launch]:
+    yield from (s.launch for s in registry.launches_of(op, GateCase(name, LARGE[op][name])))
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, cases in LARGE.items() for name in cases])
+def test_addresses_of_large_operands(op: str, name: str) -> None:
+    for launch in large_launches(op, name):
+        run_virtually(launch)

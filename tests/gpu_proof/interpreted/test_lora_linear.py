@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
@@ -20,7 +21,7 @@ from lora_ops.functional import lora_linear
 from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.crossovers import force
-from tests.cases import LinearCase, assert_right, run_ours
+from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof import interpreter, traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +78,24 @@ def test_several_blocks(dtype: torch.dtype, kstep_min_m: int, m: int, n: int, k:
 
 
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize("r", [8, 64])
+def test_rows_with_gaps(r: int, kstep_min_m: int) -> None:
+    """Columns of a wider x and dY are read where they lie, without a copy."""
+    case = LinearCase(m=40, n=70, k=50, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1)
+    inputs = in_wider_rows(case.inputs())
+    with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+def test_more_rows_than_a_group_of_blocks() -> None:
+    """The K-step route numbers its programs by groups of 8 blocks of rows: whole groups, and one that is cut off."""
+    case = LinearCase(m=2 * 8 * 128 + 70, n=150, k=20, r=4, dtype=torch.bfloat16, weight="dense", bias=True)
+    inputs = case.inputs()
+    with force(kstep_min_m=0):
+        assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
 @pytest.mark.parametrize("r", [64, 65, 128, 255, 256])
 def test_large_ranks(r: int, kstep_min_m: int) -> None:
     inputs = LinearCase(m=33, n=70, k=50, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1, bias=True).inputs()
@@ -118,12 +137,38 @@ def test_scale_is_read_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale on the GPU is passed as it is, since fetching it would wait; the results are those of the number."""
     i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.float16, weight="dense", dropout_p=0.1).inputs()
     by_value = run_ours(i)
-    monkeypatch.setattr(triton_impl, "scale_argument", lambda scale: scale)
+    monkeypatch.setattr(triton_impl, "scale_argument", lambda scale, device: scale)
     for kstep_min_m in (NEVER, 0):
         with force(kstep_min_m=kstep_min_m):
             assert_right(i, run_ours(i))
     by_pointer = run_ours(i)
     assert all(torch.equal(by_value[name], by_pointer[name]) for name in by_value)
+
+
+def test_scale_of_another_gpu() -> None:
+    """Adapters spread over several GPUs may share one scale, which a kernel could not read there."""
+    there, here = torch.device("cuda:0"), torch.device("cuda:1")
+    with FakeTensorMode():
+        for device in (there, here):
+            scale = triton_skinny.scale_argument(torch.empty((), device=there), device)
+            assert isinstance(scale, torch.Tensor)
+            assert scale.device == device
+    assert triton_skinny.scale_argument(torch.tensor(2.0), here) == 2.0
+
+
+def test_saved_sum_of_any_strides() -> None:
+    """S comes back as autograd kept it, and hooks that offload saved tensors may give it other strides."""
+    i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.bfloat16, weight="dense").inputs()
+    args = i.weight, *i.adapter(), torch.tensor(2.0)
+    _, s = triton_impl.lora_linear(i.x, *args, None, 0.0, None)
+    wide = torch.full((50, 16), torch.nan)
+    wide[:, :8] = s
+    needs = (False, False, True, False)
+    for kept in (wide[:, :8], s.T.contiguous().T):
+        _, _, db, _ = triton_impl.lora_linear_backward(i.dy, None, kept, *args, 0.0, None, needs)
+        _, _, expected, _ = triton_impl.lora_linear_backward(i.dy, None, s, *args, 0.0, None, needs)
+        assert db is not None
+        assert torch.equal(db, expected)
 
 
 def test_bitwise_repeatable() -> None:

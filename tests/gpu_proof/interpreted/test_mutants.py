@@ -17,6 +17,7 @@ from lora_ops.quant.nf4_linear import triton_gemm as nf4_gemm
 from lora_ops.quant.nf4_linear import triton_impl as nf4
 from tests.cases import LinearCase, assert_right, run_ours
 from tests.gpu_proof import registry
+from tests.gpu_proof.interpreted.test_addresses import LARGE, large_launches
 from tests.gpu_proof.interpreted.test_lora_linear import NEVER, elements_moved
 from tests.gpu_proof.interpreter import OutOfBounds, count_traffic, run_virtually
 from tests.gpu_proof.mutant import mutant
@@ -146,15 +147,16 @@ def test_lora_linear_with_a_narrow_mask(broken: Break, kstep_min_m: int) -> None
 
 
 def overflows(op: str) -> set[str]:
-    """Kernels of the op's `huge` gate cases that leave their tensors."""
+    """Kernels that leave their tensors in the op's `huge` gate cases and in test_addresses.LARGE."""
     module = {"lora_linear": lora, "nf4_linear": nf4}[op]
+    launches = [s.launch for s in registry.shipped_by(module.__name__) if s.case.huge]
+    launches += [launch for name in LARGE[op] for launch in large_launches(op, name)]
     found = set()
-    for shipped in registry.shipped_by(module.__name__):
-        if shipped.case.huge:
-            try:
-                run_virtually(shipped.launch)
-            except OutOfBounds:
-                found.add(shipped.kernel)
+    for launch in launches:
+        try:
+            run_virtually(launch)
+        except OutOfBounds:  # noqa: PERF203
+            found.add(launch.kernel.__name__)
     return found
 
 
@@ -169,8 +171,32 @@ TO_INT64 = ".to(tl.int64)"
         ("lora_linear", lora_gemm, within("x_ptr + rows.to(tl.int64)", TO_INT64, ""), "_lora_gemm"),
         ("nf4_linear", nf4_gemm, within("tl.program_id(0).to(tl.int64) * BLOCK_N", TO_INT64, ""), "_nf4_gemv"),
         ("nf4_linear", nf4_gemm, within("tl.arange(0, ROWS)).to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
+        ("lora_linear", lora_gemm, within("columns.to(tl.int64)[None, :] * stride_wn", TO_INT64, ""), "_lora_gemm"),
+        ("lora_linear", lora_gemm, within("ks.to(tl.int64)[:, None] * stride_wk", TO_INT64, ""), "_lora_gemm"),
+        ("lora_linear", lora_gemm, within("t_ptr + rows.to(tl.int64)", TO_INT64, ""), "_expand"),
+        ("lora_linear", skinny, within("t_ptr + rows.to(tl.int64)", TO_INT64, ""), "_reduce_columns"),
+        ("lora_linear", skinny, within("s_rows = split.to(tl.int64)", TO_INT64, ""), "_reduce_rows"),
+        ("lora_linear", skinny, within("block.to(tl.int64) * M * R", TO_INT64, ""), "_reduce_both"),
+        ("nf4_linear", nf4_gemm, within("tokens.to(tl.int64)", TO_INT64, ""), "_nf4_gemv"),
+        ("nf4_linear", nf4_gemm, within("lhs_ptr + rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
+        ("nf4_linear", nf4_gemm, within("out_at = rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
     ],
-    ids=["x", "y", "K-step x", "W gemv", "W gemm"],
+    ids=[
+        "x",
+        "y",
+        "K-step x",
+        "W gemv",
+        "W gemm",
+        "K-step W",
+        "K-step W of dX",
+        "S expanded",
+        "T of dA",
+        "S",
+        "T in parts",
+        "x gemv",
+        "x gemm",
+        "y gemm",
+    ],
 )
 def test_int32_addresses(broken: Break, op: str, kernels: ModuleType, change: tuple[str, str], kernel: str) -> None:
     broken(kernels, change)
