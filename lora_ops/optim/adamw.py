@@ -22,7 +22,7 @@ from lora_ops.optim.memory import check_extents, choose_extent_bytes, parse_byte
 from lora_ops.optim.pages import Pager
 from lora_ops.optim.states import Job, PagedStates, ResidentStates, Spec
 from lora_ops.optim.stats import PagingStats, paging_stats
-from lora_ops.optim.tiers import FileTier, Tier
+from lora_ops.optim.tiers import CudaDevice, FileTier, PinnedTier, Tier
 
 logger = logging.getLogger("lora_ops")
 
@@ -97,10 +97,14 @@ class AdamW(torch.optim.Optimizer):
         self._finalizer = weakref.finalize(self, self._store.close)
 
     def _tier(self, page_dir: str | os.PathLike[str] | None, extent_bytes: int) -> Tier:
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        if devices != {"cpu"}:
-            raise ValueError(f"page_budget: expected all parameters on the CPU, got {', '.join(sorted(devices))}")
-        return FileTier(page_dir, extent_bytes)
+        devices = {p.device for p in self._params()}
+        if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"page_budget: expected all parameters on the CPU or on one CUDA device, got {names}")
+        device = devices.pop()
+        if device.type == "cpu":
+            return FileTier(page_dir, extent_bytes)
+        return PinnedTier(CudaDevice(device), extent_bytes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its hyperparameters and dtypes."""
@@ -337,10 +341,9 @@ class AdamW(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _folder(self) -> Path:
-        if not isinstance(self._store, PagedStates) or not isinstance(self._store.pager.tier, FileTier):
-            raise ValueError("page_dir: the optimizer has no folder")
-        return self._store.pager.tier.folder.path
+    def _folder(self) -> Path | None:
+        """The folder that the pages are in, or None."""
+        return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:

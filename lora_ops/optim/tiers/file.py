@@ -10,8 +10,9 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class FileTier:
         PagingError: if the folder cannot be used.
     """
 
-    name = "file"
+    fast = "ram"
 
     def __init__(self, page_dir: str | os.PathLike[str] | None, extent_bytes: int) -> None:
         self.extent_bytes = extent_bytes
@@ -52,6 +53,11 @@ class FileTier:
         # One thread: transfers take effect in the order of their calls, which is what keeps a frame's write-back
         # before the read that replaces it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora_ops-pages")
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the page file."""
+        return self.folder.path
 
     def new_frame(self) -> Tensor:
         """A frame straight from the kernel: its memory returns when the tensor dies, whatever malloc is tuned to."""
@@ -79,9 +85,15 @@ class FileTier:
         """Zero a frame, after the write-back of what it held."""
         return self._submit(_clear, frame)
 
-    def stored_bytes(self) -> int:
+    def acquire(self, frames: Sequence[Tensor]) -> None:
+        """Nothing: the host does the caller's work, and it has waited for the transfers."""
+
+    def release(self, frames: Sequence[Tensor]) -> None:
+        """Nothing: the caller's work is done."""
+
+    def bytes_by_tier(self) -> dict[str, int]:
         """Size of the page file."""
-        return self._reserved * self.extent_bytes
+        return {"file": self._reserved * self.extent_bytes}
 
     def close(self) -> None:
         """Wait for the thread and delete the file."""
