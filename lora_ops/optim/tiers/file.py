@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,17 +75,27 @@ class FileTier:
             raise self._error("cannot grow to", n_extents * self.extent_bytes, error) from error
         self._reserved = n_extents
 
-    def read(self, extent: int, frame: Tensor) -> Future[None]:
-        """Read an extent and check it."""
-        return self._submit(self._read, extent, frame)
+    def read(
+        self,
+        extent: int,
+        frame: Tensor,
+        before: Callable[[], Any] | None = None,
+        after: Callable[[], Any] | None = None,
+    ) -> Future[Any]:
+        """Read an extent and check it.
 
-    def write(self, extent: int, frame: Tensor) -> Future[None]:
-        """Write a frame and note its checksum."""
-        return self._submit(self._write, extent, frame)
+        Args:
+            before, after: called on the thread, around the read; the result is that of `after`.
+        """
+        return self._submit(before, partial(self._read, extent, frame), after)
+
+    def write(self, extent: int, frame: Tensor, before: Callable[[], Any] | None = None) -> Future[Any]:
+        """Write a frame and note its checksum; `before` is called on the thread before that."""
+        return self._submit(before, partial(self._write, extent, frame))
 
     def clear(self, frame: Tensor) -> Future[None]:
         """Zero a frame, after the write-back of what it held."""
-        return self._submit(_clear, frame)
+        return self._submit(partial(_clear, frame))
 
     def acquire(self, frames: Sequence[Tensor]) -> None:
         """Nothing: the host does the caller's work, and it has waited for the transfers."""
@@ -105,12 +117,12 @@ class FileTier:
         os.close(fd)
         self.folder.close()
 
-    def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
+    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
         if self._fd < 0:
             raise PagingError(f"{self.path}: the optimizer that owned these pages was closed")
         if os.getpid() != self.folder.owner:
             raise PagingError(f"{self.path}: belongs to process {self.folder.owner}, of which this one is a fork")
-        return self._worker.submit(work, *args)
+        return self._worker.submit(_in_turn, work)
 
     def _read(self, extent: int, frame: Tensor) -> None:
         start = time.perf_counter()
@@ -127,7 +139,7 @@ class FileTier:
                     f"at {offset + done}; the states are lost, resume from a checkpoint"
                 )
             done += n
-        if checksum(view) != self._checksums[extent]:
+        if checksum(view) != self._checksums.get(extent):
             raise PagingError(
                 f"{self.path}: extent {extent} (bytes {offset} to {offset + len(view)}) is not what was written there: "
                 "checksum mismatch; the states are lost, resume from a checkpoint"
@@ -151,6 +163,14 @@ class FileTier:
     def _error(self, what: str, number: int, error: OSError) -> PagingError:
         advice = "; free space on that disk or choose another page_dir" if error.errno == errno.ENOSPC else ""
         return PagingError(f"{self.path}: {what} {number}: {error.strerror}{advice}")
+
+
+def _in_turn(work: Sequence[Callable[[], Any] | None]) -> Any:
+    """Do all of it; answers the last result."""
+    result = None
+    for part in work:
+        result = None if part is None else part()
+    return result
 
 
 def _clear(frame: Tensor) -> None:
