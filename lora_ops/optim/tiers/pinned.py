@@ -5,8 +5,8 @@ enqueued next waits for that, on its own stream: a write-back for the kernel tha
 write-back of the frame and of the extent, a kernel for the read. The host waits for none of it.
 
 With a file, extents get a home in pinned memory when they are first written back, as long as there is one. The others
-pass through a few places on their way from and to the file, whose thread waits for the streams, and is waited for by the
-host where a read is needed, or all places outbound are still full.
+pass through a few places on their way from and to the file, whose thread waits for the streams. The host waits for that
+thread where a read is needed, or all places outbound are still full.
 """
 
 from __future__ import annotations
