@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Comparison, Contender, Unavailable
+from bench.measure import Comparison, Contender
 from bench.peers import load
 from bench.plan import Plan
 from bench.suites.common import ours
@@ -57,8 +57,6 @@ def _step(plan: Plan, n: int, k: int, bits: int, budget: int | None, variant: st
         return Contender(optimizer.step, check, moved)
 
     def lora_ops() -> Contender:
-        if budget is not None and plan.device != "cpu":
-            raise Unavailable(f"pages are not written for {plan.device} yet")
         return contender(lambda ps: AdamW(ps, LR, weight_decay=0.0, state_bits=bits, page_budget=budget), bits)
 
     def fused() -> Contender:
