@@ -48,8 +48,7 @@ def trainer_optimizer(
     bits = _BITS.get(name.removeprefix("paged_"))
     if name not in NAMES or bits is None:
         raise ValueError(f"optim: expected one of {', '.join(NAMES)}, got {name!r}")
+    if page_budget is None and name.startswith("paged_"):
+        page_budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "state_bits": bits, **kwargs}
-    budget = page_budget or (DEFAULT_BUDGET if name.startswith("paged_") else None)
-    if budget is not None:
-        chosen |= {"page_budget": budget, "page_dir": page_dir}
-    return AdamW, chosen
+    return AdamW, {**chosen, "page_budget": page_budget, "page_dir": page_dir}

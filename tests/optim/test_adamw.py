@@ -211,5 +211,12 @@ def test_errors_of_state_dicts(adamw: Callable) -> None:
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="parameter 0: exp_avg: expected 3 elements, got 6500"):
         other.load_state_dict({"state": {0: state["state"][0]}, "param_groups": other.state_dict()["param_groups"]})
+    for cls, decay in ((torch.optim.Adam, 0.1), (torch.optim.AdamW, 0.1), (torch.optim.Adam, 0.0)):
+        foreign = cls([nn.Parameter(torch.ones(3))], weight_decay=decay).state_dict()
+        if cls is torch.optim.Adam and decay:
+            with pytest.raises(ValueError, match="expected AdamW's weight decay, got Adam's"):
+                other.load_state_dict(foreign)
+        else:
+            other.load_state_dict(foreign)
     with pytest.raises(ValueError, match="parameter 0 has no exp_avg, exp_avg_sq; is it AdamW's"):
         other.load_state_dict({"state": {0: {"step": 1}}, "param_groups": other.state_dict()["param_groups"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ops.optim import AdamW, PagingError
+from lora_ops.optim import AdamW, PagingError, optimizer_memory
 from tests.optim.conftest import EXTENT, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
@@ -88,8 +89,9 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(PagingError, match="page_dir: cannot write in /proc/self/pages"):
         paged(Path("/proc/self/pages"))
     p = nn.Parameter(torch.ones(3))
-    with pytest.raises(PagingError, match=f"{tmp_path}/missing/x: cannot write the checkpoint: No such file"):
-        AdamW([p]).save_checkpoint(tmp_path / "missing" / "x")
+    for folder, why in (("missing", "No such file"), ("file", "Not a directory")):
+        with pytest.raises(PagingError, match=f"{tmp_path}/{folder}/x: cannot write the checkpoint: {why}"):
+            AdamW([p]).save_checkpoint(tmp_path / folder / "x")
 
 
 @pytest.fixture
@@ -136,6 +138,53 @@ def test_full_disk_by_rlimit(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert f"PagingError: {tmp_path}/lora_ops.pages: cannot grow to 2097152: File too large" in done.stderr
+
+
+def test_a_step_after_room_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that found the disk full leave no trace: no extents, and the same bits as if they had not been."""
+    p, q = (nn.Parameter(torch.arange(20_000.0)) for _ in range(2))
+    optimizer, plain = AdamW([p], page_budget=4 * EXTENT, extent_bytes=EXTENT, page_dir=tmp_path), AdamW([q])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
+        for _ in range(3):
+            with pytest.raises(PagingError, match=r"lora_ops\.pages: cannot grow to .*: No space left on device; free"):
+                step(p, optimizer)
+    p.grad = q.grad = torch.ones(20_000)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(p, q)
+    assert (
+        optimizer.paging_stats().extents
+        == optimizer_memory([20_000], page_budget=4 * EXTENT, extent_bytes=EXTENT).extents
+    )
+    optimizer.close()
+
+
+def test_writes_that_fail_cost_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails in the middle of steps; after each a checkpoint is loaded."""
+    p, optimizer = paged(tmp_path)
+    optimizer.save_checkpoint(tmp_path / "x", params=True)
+    for _ in range(6):  # more often than there are frames
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", fail(errno.EIO))
+            with pytest.raises(
+                PagingError, match=rf"{tmp_path}/lora_ops.pages: cannot write byte \d+: Input/output error"
+            ):
+                step(p, optimizer)
+        optimizer.load_checkpoint(tmp_path / "x")
+    before = optimizer.paging_stats()
+    step(p, optimizer)
+    after = optimizer.paging_stats()
+    assert after.hits - before.hits == 4
+    assert after.resident == 4 * EXTENT
+    optimizer.close()
+
+
+def fail(number: int) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
 
 
 @pytest.mark.parametrize("bits", [32, 8])

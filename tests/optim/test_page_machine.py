@@ -145,3 +145,23 @@ def test_one_pass_at_a_time(tmp_path: object) -> None:
     first.close()
     assert [e for batch in pager.sweep([0, 1, 2]) for e, _ in batch]
     pager.close()
+
+
+def test_a_read_that_is_refused_leaves_no_other_extents_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager = Pager(FileTier(None, EXTENT), 1)
+    pager.allocate(2)
+    for batch in pager.sweep([0, 1]):
+        for e, frame in batch:
+            frame.fill_(e + 1)
+
+    def refuse(*_: object) -> None:
+        raise PagingError("refused")
+
+    for extent in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(pager.tier, "read", refuse)
+            with pytest.raises(PagingError, match="refused"):
+                list(pager.sweep([extent], write=False))
+        for batch in pager.sweep([extent], write=False):
+            assert [bool((frame == e + 1).all()) for e, frame in batch] == [True]
+    pager.close()

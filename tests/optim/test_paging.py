@@ -45,6 +45,26 @@ def test_every_budget_gives_the_same_bits(adamw: Callable, bits: int, budget: in
     assert_equal(paged.tensors(), plain.tensors())
 
 
+def test_parameters_without_elements(adamw: Callable, tmp_path: Path) -> None:
+    """Have a state as without pages: in a state dict, and in a checkpoint, either way."""
+    optimizers = []
+    for pages in ({}, {"page_budget": 4 * 4096, "extent_bytes": 4096}):
+        params = [nn.Parameter(torch.arange(5000.0)), nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(0))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizers.append(adamw(**pages)([{"params": params}]))
+        optimizers[-1].step()
+    for one, other in (optimizers, optimizers[::-1]):
+        states = [o.state_dict()["state"] for o in (one, other)]
+        for i, state in states[0].items():
+            assert_equal(state, states[1][i])
+            assert state["exp_avg"].shape == one.param_groups[0]["params"][i].shape
+        other.load_state_dict(one.state_dict())
+        other.step()
+        other.save_checkpoint(tmp_path / "x", params=True)
+        one.load_checkpoint(tmp_path / "x")
+
+
 def test_bf16_with_stochastic_rounding_does_not_depend_on_pages(adamw: Callable) -> None:
     options = {"state_bits": 8, "stochastic_rounding": True, "seed": 3}
     plain = Run(adamw(**options), torch.bfloat16).train(20)
