@@ -233,9 +233,10 @@ class AdamW(torch.optim.Optimizer):
         return params, jobs, rows
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim.AdamW gives it, which that optimizer loads.
+        """The state as torch.optim.AdamW gives it; with 32-bit states that optimizer loads it.
 
-        With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax.
+        With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax;
+        `AdamW(state_bits=32)` loads these and gives a state for torch.optim.AdamW, which would take codes for values.
         With pages the tensors are copies that live in files (deleted already; the space returns with the tensors).
         """
         self._check_usable()
