@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_ops.optim import AdamW, PagingError, optimizer_memory
+from lora_ops.optim.states import PagedStates
 from tests.optim.conftest import EXTENT, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +179,23 @@ def test_writes_that_fail_cost_no_frames(tmp_path: Path, monkeypatch: pytest.Mon
     after = optimizer.paging_stats()
     assert after.hits - before.hits == 4
     assert after.resident == 4 * EXTENT
+    optimizer.close()
+
+
+def test_a_write_that_fails_behind_the_step_is_seen_ever_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step may be over by then. What the file still holds is older than the extent, and no read takes it for it."""
+    p, optimizer = paged(tmp_path)
+    step(p, optimizer)
+    assert isinstance(optimizer._store, PagedStates)
+    pager = optimizer._store.pager
+    in_file = next(e for e, page in enumerate(pager.table) if page.frame is None)
+    with monkeypatch.context() as patch, suppress(PagingError):  # it may be seen at once
+        patch.setattr(os, "pwritev", fail(errno.EIO))
+        assert len(list(pager.sweep([in_file]))) == 1  # in the frame of another one, which is written, and lost
+        pager._writes.pop().result()
+    for _ in range(2):
+        with pytest.raises(PagingError, match="checksum mismatch"):
+            optimizer.state_dict()
     optimizer.close()
 
 
