@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from lora_ops.optim import AdamW, PagingError, optimizer_memory
+from lora_ops.optim.checksum import checksum
 from lora_ops.optim.states import PagedStates
 from tests.optim.conftest import EXTENT, Run, assert_equal
 
@@ -225,7 +227,7 @@ def test_resume_is_bit_identical(adamw: Callable, bits: int, load_paged: bool, t
         assert bits == 8 or stats.misses > 0
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing", "other", "header"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing", "other", "header", "uncovered"])
 def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: Callable) -> None:
     run = Run(adamw()).train(3)
     file = tmp_path / "x"
@@ -237,6 +239,7 @@ def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: 
         "empty": b"",
         "other": (40).to_bytes(8, "little") + b'{"x": 1}' + b" " * 32,
         "header": whole.replace(rb"\"lr\": 0.0", rb"\"lr\": 0.1", 1),
+        "uncovered": forget_last_piece(whole),
     }.get(damage)
     if content is None:
         file.unlink()
@@ -247,6 +250,39 @@ def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: 
     with pytest.raises(PagingError, match=str(file)):
         run.optimizer.load_checkpoint(file)
     assert_equal(run.tensors(), before)
+
+
+def forget_last_piece(whole: bytes) -> bytes:
+    """The checkpoint with a changed byte in its last piece, which its table of checksums does not know any more."""
+    size = int.from_bytes(whole[:8], "little")
+    begin, end = (8 + size + n for n in json.loads(whole[8 : 8 + size])["checksums"]["data_offsets"])
+    table = torch.frombuffer(bytearray(whole[begin:end]), dtype=torch.int64).view(-1, 3)
+    offset = int(table[-1, 0])
+    empty = checksum(memoryview(b""))
+    table[-1] = torch.tensor([offset, 0, empty - (empty >> 63 << 64)])
+    changed = bytearray(whole)
+    changed[begin:end] = table.numpy().tobytes()
+    changed[offset] ^= 1
+    return bytes(changed)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure is no kill -9: what was not synced may be gone, and the name be there."""
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record(fd: int) -> None:
+        seen.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def rename(*paths: Path) -> None:
+        seen.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", rename)
+    AdamW([nn.Parameter(torch.ones(3))]).save_checkpoint(tmp_path / "x")
+    assert seen == [f"{tmp_path}/x.partial", "rename", str(tmp_path)]
 
 
 def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Callable) -> None:
