@@ -32,7 +32,8 @@ def trainer_optimizer(
     """What `Trainer(optimizer_cls_and_kwargs=...)` and TRL's trainers take, for an optimizer name that HF users know.
 
     Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("paged_adamw_8bit", lr=args.learning_rate)).
-    Weight decay is the trainer's: it makes the groups.
+    Weight decay is the trainer's: it makes the groups. Trainers without that argument, such as TRL's DPOTrainer and
+    GRPOTrainer, take `optimizers=(cls(groups, **kwargs), None)`.
 
     Args:
         name: one of `NAMES`. A paged one has a budget of "2GiB" if `page_budget` does not say otherwise.
