@@ -164,6 +164,19 @@ def test_torch_imports_and_exports(adamw: Callable) -> None:
     assert [g["lr"] for g in got["param_groups"]] == [g["lr"] for g in expected["param_groups"]]
 
 
+def test_loading_keeps_what_is_the_optimizers_own() -> None:
+    """Parameters, their names and the bits; hyperparameters are the state's."""
+    made = [nn.Parameter(torch.randn(5000)) for _ in range(2)]
+    for p in made:
+        p.grad = torch.ones_like(p)
+    saved, ours = AdamW([("theirs", made[0])], lr=0.5), AdamW8bit([("mine", made[1])], lr=0.1)
+    saved.step()
+    ours.load_state_dict(saved.state_dict())
+    (group,) = ours.param_groups
+    assert (group["lr"], group["state_bits"], group["param_names"]) == (0.5, 8, ["mine"])
+    assert group["params"][0] is made[1]
+
+
 def test_loading_converts_bits(adamw: Callable) -> None:
     wide, narrow, wide_again = Run(adamw()).train(10), Run(adamw(state_bits=8)), Run(adamw())
     narrow.optimizer.load_state_dict(wide.optimizer.state_dict())

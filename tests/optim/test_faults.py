@@ -66,6 +66,8 @@ def test_damaged_page_file(damage: str, tmp_path: Path) -> None:
         step(p, optimizer)
     with pytest.raises(PagingError, match="a step was cut short"):
         optimizer.save_checkpoint(tmp_path / "bad")
+    with pytest.raises(PagingError, match="a step was cut short"):
+        optimizer.state_dict()
     optimizer.load_checkpoint(tmp_path / "good")
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before)
     step(p, optimizer)

@@ -79,6 +79,15 @@ def test_everything_resident_moves_nothing(adamw: Callable) -> None:
     assert stats.hit_rate > 0.7
 
 
+@pytest.mark.parametrize(
+    ("budget", "extent"),
+    [("128KiB", 64 << 10), ("1MiB", 128 << 10), ("64MiB", 8 << 20), ("128MiB", 16 << 20), ("9GB", 16 << 20)],
+)
+def test_extents_are_an_eighth_of_the_budget(budget: str, extent: int) -> None:
+    """From 64 KiB to 16 MiB, and a power of two."""
+    assert optimizer_memory([10], page_budget=budget).extent_bytes == extent
+
+
 def test_misses_are_the_least_possible(adamw: Callable) -> None:
     """A step touches every extent once: with F frames all but F must be fetched. LRU would fetch all."""
     params = [nn.Parameter(torch.randn(2048)) for _ in range(12)]  # an extent each
