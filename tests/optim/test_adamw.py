@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,6 +176,30 @@ def test_loading_keeps_what_is_the_optimizers_own() -> None:
     (group,) = ours.param_groups
     assert (group["lr"], group["state_bits"], group["param_names"]) == (0.5, 8, ["mine"])
     assert group["params"][0] is made[1]
+
+
+def test_hooks_of_loading() -> None:
+    """As in torch: the one before may give another state, the one after is called once it is loaded."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer, seen = AdamW([p], lr=0.1), []
+    state = optimizer.state_dict()
+    other = {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.7}]}
+    optimizer.register_load_state_dict_pre_hook(lambda _, loaded: other)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.param_groups[0]["lr"]))
+    optimizer.load_state_dict(state)
+    assert seen == [0.7]
+
+
+def test_a_learning_rate_in_a_tensor(tmp_path: Path) -> None:
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    a.grad = b.grad = torch.ones(3)
+    one, other = AdamW([a], lr=torch.tensor(0.5)), AdamW([b], lr=0.5)
+    for optimizer in (one, other):
+        optimizer.step()
+    assert torch.equal(a, b)
+    one.save_checkpoint(tmp_path / "x")
+    one.load_checkpoint(tmp_path / "x")
+    assert one.param_groups[0]["lr"] == 0.5
 
 
 def test_loading_converts_bits(adamw: Callable) -> None:

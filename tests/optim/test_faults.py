@@ -44,9 +44,14 @@ def test_kill_9_at_random_moments() -> None:
     assert re.search(r"32 bits: 5 kills, [1-5] checkpoints loaded and right", done.stdout)
 
 
+@pytest.mark.parametrize("laid_out", [False, True])
 @pytest.mark.parametrize("damage", ["corrupted", "truncated"])
-def test_damaged_page_file(damage: str, tmp_path: Path) -> None:
+def test_damaged_page_file(damage: str, laid_out: bool, tmp_path: Path) -> None:
+    """Seen by the next step, whether it is like those before it or the first of its kind."""
     p, optimizer = paged(tmp_path)
+    for _ in range(3 * laid_out):
+        step(p, optimizer)
+    assert (optimizer._routine is not None) == laid_out
     file = tmp_path / "lora_ops.pages"
     optimizer.save_checkpoint(tmp_path / "good")
     before = optimizer.state_dict()["state"][0]["exp_avg"].clone()
@@ -298,6 +303,10 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Call
     with pytest.raises(ValueError, match=r"state\.0\.exp_avg: expected 6000 elements, got 5000"):
         other.load_checkpoint(tmp_path / "x")
     assert other.state[b]["step"] == 1
+    AdamW([a]).save_checkpoint(tmp_path / "x", params=True)  # before any step: there are no states
+    with pytest.raises(ValueError, match=r"param\.0: expected 6000 elements, got 5000"):
+        other.load_checkpoint(tmp_path / "x")
+    assert other.state[b]["step"] == 1
 
 
 def test_a_fork_does_not_touch_the_pages(tmp_path: Path) -> None:
@@ -312,5 +321,8 @@ def test_a_fork_does_not_touch_the_pages(tmp_path: Path) -> None:
             os._exit(7 if "of which this one is a fork" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert (tmp_path / "lora_ops.pages").exists()
+    with pytest.raises(PagingError, match=f"is in use by process {os.getpid()}"):
+        paged(tmp_path)
     step(p, optimizer)
     optimizer.close()
