@@ -1,4 +1,5 @@
-// AVX-512 BF16 and VBMI: products of bfloat16 activations and an NF4 weight. Everything else is avx512.cpp's.
+// AVX-512 BF16 and VBMI: products of bfloat16 activations and an NF4 or bfloat16 weight, low-rank update included.
+// Everything else is avx512.cpp's.
 //
 // vdpbf16ps adds two products of bfloat16 to each of 16 fp32 sums; it reads denormals as zero, so that vcvtneps2bf16,
 // which writes zero for them, loses nothing on the way to it.
@@ -7,11 +8,12 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "load_avx512.inl"
 #include "nf4_table.h"
 #include "scalar.h"
 
 #include "nf4.inl"
-#include "nf4_gemm.inl"
+#include "gemm.inl"
 
 namespace lora_ops {
 namespace {
@@ -67,11 +69,11 @@ struct Mixed {
 inline __m512i mix(__m512i x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
 
 // Whether rows and blocks of W meet at multiples of 64 elements.
-inline bool is_aligned(const Nf4Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }
+inline bool is_aligned(const Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }
 
 // Decodes elements [begin, begin + n) and up to 31 before and after them, aligned to 32. Element begin is at the
 // returned address. out has room for n + 62.
-const uint16_t* decode_span(const Nf4Gemm& g, int64_t begin, int64_t n, uint16_t* out) {
+const uint16_t* decode_span(const Gemm& g, int64_t begin, int64_t n, uint16_t* out) {
     const int64_t first = begin / 32 * 32, last = begin + n;
     const int64_t n_bytes = (g.n * g.k + 1) / 2;
     const bool inside = (last + 31) / 32 * 16 <= n_bytes;
@@ -92,7 +94,7 @@ const uint16_t* decode_span(const Nf4Gemm& g, int64_t begin, int64_t n, uint16_t
 }
 
 // Fetches the line of element i, if there is such an element.
-inline void prefetch(const Nf4Gemm& g, int64_t i) {
+inline void prefetch(const Gemm& g, int64_t i) {
     if (i < g.n * g.k) _mm_prefetch(reinterpret_cast<const char*>(g.w.packed + i / 2), _MM_HINT_T0);
 }
 
@@ -121,6 +123,7 @@ inline __m512bh as_bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 // A panel is [depth / 2, kColumns, 2]: the pairs of terms that vdpbf16ps adds are neighbours.
 struct Bf16Engine {
+    static constexpr bool kFuses = true;
     static constexpr int kRows = 6, kVectors = 4, kColumns = 16 * kVectors;  // 24 accumulators, 4 + 1 operands
     static constexpr int64_t kDepth = 4096;
     static constexpr int64_t kPanelBytes = kDepth * kColumns * 2;
@@ -128,7 +131,8 @@ struct Bf16Engine {
     static constexpr int64_t kAhead = 256;      // bytes of a row of W: the time that 16 rows of 512 weights take
     static constexpr int64_t kRowsAhead = 16;
 
-    static void panel(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, void* panel) {
+    static void panel(const Gemm& g, int64_t column, int64_t begin, int64_t depth, void* panel) {
+        if (g.dense) return dense_panel(g, column, begin, depth, static_cast<uint16_t*>(panel));
         if (is_aligned(g) && column + kColumns <= g.columns && depth % 64 == 0) {
             if (g.dx) return aligned_panel_of_columns(g, column, begin, depth, static_cast<uint16_t*>(panel));
             return aligned_panel_of_rows(g, column, begin, depth, static_cast<uint16_t*>(panel));
@@ -137,7 +141,7 @@ struct Bf16Engine {
         panel_of_rows(g, column, begin, depth, static_cast<uint16_t*>(panel));
     }
 
-    static void aligned_panel_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
+    static void aligned_panel_of_rows(const Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         const int64_t row_bytes = g.k / 2, ahead = kAhead < row_bytes ? kAhead : row_bytes;
         alignas(64) uint16_t buffer[16][64];
         float scales[16][kDepth / 64];
@@ -166,7 +170,7 @@ struct Bf16Engine {
         }
     }
 
-    static void aligned_panel_of_columns(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth,
+    static void aligned_panel_of_columns(const Gemm& g, int64_t column, int64_t begin, int64_t depth,
                                          uint16_t* panel) {
         const Mixed mixed;
         BlockWalk block(g.w, begin * g.k + column, g.k);
@@ -200,8 +204,62 @@ struct Bf16Engine {
         _mm512_store_si512(out + 32, _mm512_permutex2var_epi16(a, high, b));
     }
 
+    static void dense_panel(const Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
+        const BF16* const w = static_cast<const BF16*>(g.dense);
+        const int64_t columns = lesser(kColumns, g.columns - column), stride = g.stride_dense;
+        if (g.dx) return copy_columns(w + begin * stride + column, stride, columns, depth, panel);
+        copy_rows(w + column * stride + begin, stride, columns, depth, panel);
+    }
+
+    static void low_rank_panel(const Gemm& g, int64_t column, void* panel) {
+        switch (g.low_rank->right_dtype) {
+            case LORA_OPS_F32: return low_rank_panel_of<float>(g, column, static_cast<uint16_t*>(panel));
+            case LORA_OPS_F16: return low_rank_panel_of<F16>(g, column, static_cast<uint16_t*>(panel));
+            case LORA_OPS_BF16: return low_rank_panel_of<BF16>(g, column, static_cast<uint16_t*>(panel));
+        }
+    }
+
+    template <class T>
+    static void low_rank_panel_of(const Gemm& g, int64_t column, uint16_t* panel) {
+        const T* const right = static_cast<const T*>(g.low_rank->right);
+        const int64_t columns = lesser(kColumns, g.columns - column), rank = g.low_rank->rank;
+        if (g.dx) return copy_columns(right + column, g.k, columns, rank, panel);
+        copy_rows(right + column * rank, rank, columns, rank, panel);
+    }
+
+    // A panel whose columns are the first `columns` rows of w [columns, depth], rounded to bfloat16.
+    template <class T>
+    static void copy_rows(const T* w, int64_t stride, int64_t columns, int64_t depth, uint16_t* panel) {
+        for (int vector = 0; vector < kVectors; ++vector) {
+            const int64_t first = 16 * vector;
+            for (int64_t k = 0; k < depth; k += 32) {
+                const __mmask32 inside = first32(depth - k);
+                __m512i r[16];
+                for (int i = 0; i < 16; ++i) {
+                    r[i] = first + i < columns ? load32(w + (first + i) * stride + k, inside) : _mm512_setzero_si512();
+                }
+                transpose16(r);
+                uint16_t* const to = panel + k * kColumns + 32 * vector;
+                for (int i = 0; i < 16 && k + 2 * i < depth; ++i) _mm512_store_si512(to + i * 2 * kColumns, r[i]);
+            }
+        }
+    }
+
+    // A panel whose columns are those of w [depth, columns].
+    template <class T>
+    static void copy_columns(const T* w, int64_t stride, int64_t columns, int64_t depth, uint16_t* panel) {
+        for (int64_t i = 0; i < depth; i += 2) {
+            for (int j = 0; j < kColumns; j += 32) {
+                const __mmask32 inside = first32(columns - j);
+                const T* const from = w + i * stride + j;
+                const __m512i next = i + 1 < depth ? load32(from + stride, inside) : _mm512_setzero_si512();
+                interleave(load32(from, inside), next, panel + i * kColumns + 2 * j);
+            }
+        }
+    }
+
     // y: a column of the output is a row of W. Rows are decoded to L1, 16 at a time, and transposed by pairs.
-    static void panel_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
+    static void panel_of_rows(const Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         constexpr int64_t kSpan = 256, kRoom = kSpan + 64;
         alignas(64) uint16_t rows[16 * kRoom] = {};
         for (int vector = 0; vector < kVectors; ++vector) {
@@ -245,7 +303,7 @@ struct Bf16Engine {
     }
 
     // dX: a column of the output is a column of W. Two rows of W make a pair of terms.
-    static void panel_of_columns(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
+    static void panel_of_columns(const Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         alignas(64) uint16_t rows[2][kColumns + 64] = {};
         const int64_t n = lesser(kColumns, g.k - column);
         for (int64_t i = 0; i < depth; i += 2) {
@@ -269,14 +327,9 @@ struct Bf16Engine {
     }
 
     template <int rows>
-    static void tile(const Tile<BF16>& t, void*) {
-        __m512 sum[rows][kVectors];
-        for (int i = 0; i < rows; ++i) {
-            for (int j = 0; j < kVectors; ++j) {
-                sum[i][j] = t.first ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + i * kColumns + 16 * j);
-            }
-        }
-        const uint16_t* panel = static_cast<const uint16_t*>(t.panel);
+    static __attribute__((always_inline)) void add_products(__m512 (&sum)[rows][kVectors], const BF16* left,
+                                                            int64_t stride, int64_t depth, const void* right) {
+        const uint16_t* const panel = static_cast<const uint16_t*>(right);
         const auto step = [&](int64_t pair, const auto& a_pair) {
             __m512bh b[kVectors];
             for (int j = 0; j < kVectors; ++j) {
@@ -287,14 +340,48 @@ struct Bf16Engine {
                 for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], a, b[j]);
             }
         };
-        for (int64_t pair = 0; pair < t.depth / 2; ++pair) {
+        for (int64_t pair = 0; pair < depth / 2; ++pair) {
             step(pair, [&](int i) {
                 int bits;
-                memcpy(&bits, t.a + i * t.stride_a + 2 * pair, sizeof bits);
+                memcpy(&bits, left + i * stride + 2 * pair, sizeof bits);
                 return bits;
             });
         }
-        if (t.depth % 2) step(t.depth / 2, [&](int i) { return int{t.a[i * t.stride_a + t.depth - 1].bits}; });
+        if (depth % 2) step(depth / 2, [&](int i) { return int{left[i * stride + depth - 1].bits}; });
+    }
+
+    // With a mask apart from the other sums, which wait in the L1 cache.
+    template <int rows>
+    static __attribute__((always_inline)) void add_low_rank(__m512 (&sum)[rows][kVectors], const Tile<BF16>& t) {
+        if (!t.bits) return add_products(sum, t.left, t.stride_left, t.rank, t.right);
+        alignas(64) float base[rows][kColumns];
+        for (int i = 0; i < rows; ++i) {
+            for (int j = 0; j < kVectors; ++j) {
+                _mm512_store_ps(base[i] + 16 * j, sum[i][j]);
+                sum[i][j] = _mm512_setzero_ps();
+            }
+        }
+        add_products(sum, t.left, t.stride_left, t.rank, t.right);
+        for (int i = 0; i < rows; ++i) {
+            uint16_t kept[kVectors];
+            memcpy(kept, t.bits + i * t.stride_bits, sizeof kept);
+            for (int j = 0; j < kVectors; ++j) {
+                const __m512 from = _mm512_load_ps(base[i] + 16 * j);
+                sum[i][j] = _mm512_mask_add_ps(from, kept[j], from, sum[i][j]);
+            }
+        }
+    }
+
+    template <int rows>
+    static void tile(const Tile<BF16>& t, void*) {
+        __m512 sum[rows][kVectors];
+        for (int i = 0; i < rows; ++i) {
+            for (int j = 0; j < kVectors; ++j) {
+                sum[i][j] = t.first ? _mm512_setzero_ps() : _mm512_loadu_ps(t.sums + i * kColumns + 16 * j);
+            }
+        }
+        add_products(sum, t.a, t.stride_a, t.depth, t.panel);
+        if (t.last && t.rank) add_low_rank(sum, t);
 
         if (!t.last) {
             for (int i = 0; i < rows; ++i) {
@@ -329,7 +416,7 @@ constexpr int64_t kDotColumns = 192;  // rows of W in a task: streams of 48 or 6
 constexpr int64_t kDotSpan = 4096;    // elements of a row whose scales are fetched at once
 constexpr int64_t kDotAhead = 4096;   // bytes between a fetch and its use
 
-inline void write_dot(const Nf4Gemm& g, int64_t i, int64_t column, __m512 sums) {
+inline void write_dot(const Gemm& g, int64_t i, int64_t column, __m512 sums) {
     float sum = _mm512_reduce_add_ps(sums);
     if (g.bias) sum += to_float(static_cast<const BF16*>(g.bias)[column]);
     static_cast<BF16*>(g.out)[i * g.stride_out + column] = round_to<BF16>(sum);
@@ -337,7 +424,7 @@ inline void write_dot(const Nf4Gemm& g, int64_t i, int64_t column, __m512 sums) 
 
 // Columns column + r * apart of y, r < rows, with K and the block size multiples of 64; x [m, K] is mixed.
 template <int m, int rows>
-void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column, int64_t apart) {
+void dot_aligned(const Gemm& g, const BF16* x, int64_t column, int64_t apart) {
     const Mixed mixed;
     __m512 sum[m][rows];
     for (int i = 0; i < m; ++i) {
@@ -383,7 +470,7 @@ void dot_aligned(const Nf4Gemm& g, const BF16* x, int64_t column, int64_t apart)
 
 // Any K and block size: one row of W, by 32 elements that are aligned in W but not in x.
 template <int m>
-void dot_any(const Nf4Gemm& g, int64_t column) {
+void dot_any(const Gemm& g, int64_t column) {
     __m512 sum[m];
     for (int i = 0; i < m; ++i) sum[i] = _mm512_setzero_ps();
     const BF16* const x = static_cast<const BF16*>(g.a);
@@ -411,7 +498,7 @@ void dot_any(const Nf4Gemm& g, int64_t column) {
 }
 
 template <int m>
-void dot_task(const Nf4Gemm& g, const BF16* x, int64_t task) {
+void dot_task(const Gemm& g, const BF16* x, int64_t task) {
     constexpr int kTogether = m <= 4 ? 4 : 3;  // rows of W that share loads of x and hide latency
     int64_t column = task * kDotColumns;
     const int64_t end = lesser(column + kDotColumns, g.n);
@@ -423,10 +510,14 @@ void dot_task(const Nf4Gemm& g, const BF16* x, int64_t task) {
     for (; column < end; ++column) dot_any<m>(g, column);
 }
 
-Nf4GemmPlan nf4_gemm_plan(const Nf4Gemm& g, int n_threads) {
+bool takes_dots(const Gemm& g) { return !g.dx && !g.dense && !g.low_rank && g.m <= kMostDotRows; }
+
+bool fuses(const Gemm& g) { return g.dtype == LORA_OPS_BF16 && (g.dx || g.dense || g.m > kMostDotRows); }
+
+GemmPlan gemm_plan(const Gemm& g, int n_threads) {
     if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.plan(g, n_threads);
-    if (!g.dx && g.m <= kMostDotRows) {
-        Nf4GemmPlan plan = {};
+    if (takes_dots(g)) {
+        GemmPlan plan = {};
         plan.tasks = ceil_div(g.n, kDotColumns);
         plan.dot = true;
         plan.shared_bytes = is_aligned(g) ? g.m * g.k * int64_t{sizeof(BF16)} : 0;
@@ -435,7 +526,7 @@ Nf4GemmPlan nf4_gemm_plan(const Nf4Gemm& g, int n_threads) {
     return panel_plan<Bf16Engine>(g, n_threads);
 }
 
-void nf4_gemm_prepare(const Nf4Gemm& g, const Nf4GemmPlan& plan, char* shared) {
+void gemm_prepare(const Gemm& g, const GemmPlan& plan, char* shared) {
     if (!plan.shared_bytes) return;
     BF16* const to = reinterpret_cast<BF16*>(shared);
     for (int64_t i = 0; i < g.m; ++i) {
@@ -444,7 +535,7 @@ void nf4_gemm_prepare(const Nf4Gemm& g, const Nf4GemmPlan& plan, char* shared) {
     }
 }
 
-void nf4_gemm_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char* shared, char* scratch) {
+void gemm_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char* shared, char* scratch) {
     if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.task(g, plan, task, shared, scratch);
     const BF16* const x = reinterpret_cast<const BF16*>(shared);
     if (!plan.dot) return panel_task<Bf16Engine, BF16>(g, plan, task, scratch);
@@ -462,6 +553,6 @@ void nf4_gemm_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, cons
 
 }  // namespace
 
-const Nf4GemmKernels kAvx512Bf16Gemm = {nf4_gemm_plan, nf4_gemm_prepare, nf4_gemm_task};
+const GemmKernels kAvx512Bf16Gemm = {gemm_plan, gemm_prepare, gemm_task, fuses};
 
 }  // namespace lora_ops

@@ -110,7 +110,7 @@ int Lora<V>::forward(const LoraForward& f) {
     const auto place = [&](void* memory) {
         Arena arena(memory);
         a_panel = arena.take<uint32_t>(elements(k) * lanes);
-        b_panel = arena.take<uint32_t>(elements(r) * n_padded);
+        b_panel = arena.take<uint32_t>(f.left ? 0 : elements(r) * n_padded);
         scratches = arena.take<char>(static_cast<int64_t>(scratch_bytes) * f.n_threads);
         return arena.used();
     };
@@ -133,7 +133,7 @@ int Lora<V>::forward(const LoraForward& f) {
             });
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < n_padded; i += kTileRows) {
+        for (int64_t i = 0; i < (f.left ? 0 : n_padded); i += kTileRows) {
             with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
                 for (int64_t c = 0; c < r; c += kTileColumns) {
                     pack_summed_columns(b, n, r, i, kTileRows, c, b_panel + c / kPair * n_padded + i, n_padded,
@@ -164,6 +164,13 @@ int Lora<V>::forward(const LoraForward& f) {
                     f.s[(m + i) * r + j] = s;
                     my.sums[i * lanes + j] = s * adapter.scale;
                 }
+            }
+            if (f.left) {
+                uint32_t* const left = static_cast<uint32_t*>(f.left) + m * lanes / kPair;
+                for (int64_t i = 0; i < rows; ++i) {
+                    V::pack_row(my.sums + i * lanes, r, nullptr, left + i * lanes / kPair, lanes);
+                }
+                continue;
             }
             for (int64_t i = 0; i < padded_rows; ++i) {
                 V::pack_row(my.sums + i * lanes, r, nullptr, my.left + i * lanes / kPair, lanes);
