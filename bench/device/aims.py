@@ -83,6 +83,7 @@ def _comparison(row: Row) -> tuple[Any, ...]:
 LAYERS = (4096, 14336)  # N of the layers that the aims are set for
 _LORA = {"m": 8192, "n": 4096, "k": 4096, "r": 16}
 _CUDA = f"{OURS} cuda"  # off by default: faster than Triton's or not is what decides
+OVERSUBSCRIBED, FITS = "twice oversubscribed", "everything fits"  # variants of paged_adamw
 _BY_HAND = ("eager PEFT formula", "addmm by hand")
 
 AIMS = (
@@ -104,6 +105,11 @@ AIMS = (
         _over("nf4_linear", ("bitsandbytes",), _CUDA, inverse=True, m=(16, 32, 64))),
     Aim("the same of the CUDA C++ kernels, M = 1", 2.0, True,
         _over_baseline("nf4_linear", _CUDA, inverse=True, m=1, n=LAYERS)),
+    Aim("paged AdamW, twice oversubscribed, part of the pinned bandwidth", 0.8, True,
+        _over_baseline("paged_adamw", inverse=True, variant=OVERSUBSCRIBED)),
+    Aim("paged AdamW, twice oversubscribed, times as fast as bitsandbytes' paged one", 2.0, True,
+        _over("paged_adamw", ("bitsandbytes",), inverse=True, variant=OVERSUBSCRIBED)),
+    Aim("paged AdamW, everything fits, over unpaged", 1.01, False, _over_baseline("paged_adamw", variant=FITS)),
     Aim("dequantize, double-quantized, % of the copy bandwidth", 80.0, True,
         _of_limit("dequantize", variant="out=, double", n=LAYERS)),
 )  # fmt: skip

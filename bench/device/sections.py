@@ -18,6 +18,7 @@ from bench.device.context import Context
 from bench.device.discover import backends_of, registered_ops
 from bench.device.end_to_end import end_to_end
 from bench.device.graphs import CAPTURES, SYNCHRONIZES
+from bench.device.paging import paging
 from bench.device.tune import tune
 from bench.device.warm import warm
 from bench.environment import exception_line
@@ -81,7 +82,7 @@ DEFAULT_SHARE = 8.0
 EXPECTED_S = {
     "peers": 0.5, "unchecked": 0.5, "compile": 45.0, "check lora_linear": 45.0, "check nf4_linear": 20.0, "tune": 50.0,
     "time lora_linear": 70.0, "time nf4_linear": 45.0, "time nf4_linear_dx": 40.0, "time dequantize": 15.0,
-    "time adamw": 20.0,
+    "time adamw": 20.0, "time paged_adamw": 40.0,
     "end to end": 75.0, "time lora_compiled": 50.0,
 }  # fmt: skip
 
@@ -232,6 +233,7 @@ def _register() -> None:
     section("tune")(_tune)
     for op_name in sorted(SUITES, key=_weight):
         section(f"time {op_name}")(_timing(op_name))
+    section("time paged_adamw")(paging)
     section("end to end")(end_to_end)
     for op_name in GPU_SUITES:
         section(f"time {op_name}")(_timing(op_name))

@@ -170,12 +170,17 @@ def _launch(
     maps = map_on(device, signed=True), map_on(device, signed=False)
     thresholds = thresholds_on(device, signed=True), thresholds_on(device, signed=False)
     launch(
-        _adamw_kernel, (start,), torch.tensor(table).to(device), constants.to(device), *maps, *thresholds,
+        _adamw_kernel, (start,), _upload(torch.tensor(table), device), _upload(constants, device), *maps, *thresholds,
         len(table), (len(table) - 1).bit_length(),
         PARAM=_DTYPES[param_dtype], GRAD=_DTYPES[grad_dtype], CODED=coded,
         STOCHASTIC=seed is not None and param_dtype == torch.bfloat16, TILE=TILE, num_warps=WARPS[coded],
         enable_fp_fusion=False, reaches=[t for operands, _ in slices for t in operands],
     )  # fmt: skip
+
+
+def _upload(t: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; from pinned memory, or the host would wait for all that the stream has still to do."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def declines(op: str, params: Sequence[Tensor], grads: Sequence[Tensor], *states: Any) -> str | None:

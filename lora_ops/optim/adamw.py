@@ -22,7 +22,7 @@ from lora_ops.optim.memory import check_extents, choose_extent_bytes, parse_byte
 from lora_ops.optim.pages import Pager
 from lora_ops.optim.states import Job, PagedStates, ResidentStates, Spec
 from lora_ops.optim.stats import PagingStats, paging_stats
-from lora_ops.optim.tiers import FileTier, Tier
+from lora_ops.optim.tiers import CudaDevice, Device, FileTier, PinnedTier, Tier
 
 logger = logging.getLogger("lora_ops")
 
@@ -43,9 +43,12 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         state_bits: 32, or 8: codes of `quantize_blockwise8` in blocks of 256, exactly nearest, the signed map for m
             and the unsigned one for v; tensors under 4096 elements keep 32 bits.
-        page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier (RAM for parameters
-            on the CPU); the others are in the slow tier. None: no paging.
+        page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier: RAM for parameters
+            on the CPU, device memory for those on a CUDA device (one device for all parameters). The others are in a
+            file, or in pinned host memory. None: no paging.
         page_dir: folder for the page file, on a disk of its own right; None: a temporary one. Held by one optimizer.
+        host_budget: on CUDA, bytes of pinned host memory; what exceeds them is in a page file. None: as many as
+            page_budget if page_dir is given; else all states are in pinned memory, and there is no page file.
         extent_bytes: size of a page; None: an eighth of the budget, from 64 KiB to 16 MiB.
         stochastic_rounding: round bfloat16 parameters stochastically instead of to nearest even.
         seed: of stochastic rounding. The bits depend on seed, parameter, step and element, and on nothing else.
@@ -69,38 +72,62 @@ class AdamW(torch.optim.Optimizer):
         state_bits: int = 32,
         page_budget: int | str | None = None,
         page_dir: str | os.PathLike[str] | None = None,
+        host_budget: int | str | None = None,
         extent_bytes: int | None = None,
         maximize: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
         budget = None if page_budget is None else parse_bytes("page_budget", page_budget)
-        if budget is None and page_dir is not None:
-            raise ValueError("page_dir: expected together with page_budget, got page_dir alone")
+        for name, given in (("page_dir", page_dir), ("host_budget", host_budget)):
+            if budget is None and given is not None:
+                raise ValueError(f"{name}: expected together with page_budget, got {name} alone")
+        pinned = None if host_budget is None else parse_bytes("host_budget", host_budget)
         extent = None
         if budget is not None:
             extent = choose_extent_bytes(budget) if extent_bytes is None else extent_bytes
             check_extents(budget, extent)
+            if pinned is not None and pinned < 2 * extent:
+                raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
         self._seed = seed if stochastic_rounding else None
         self._failed: str | None = None
         self._added: set[int] = set()
         self._pattern: list[int] = []  # the parameters that had a gradient in the last step
         self._routine: _Routine | None = None
         self.page_budget = budget
+        self._page_device: torch.device | None = None
         hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
         self._store: ResidentStates | PagedStates = ResidentStates()
         if budget is not None and extent is not None:
-            pager = Pager(self._tier(page_dir, extent), budget // extent)
+            pager = Pager(self._tier(page_dir, pinned, extent), budget // extent)
             self._store = PagedStates(pager, extent)
         # Not __del__: this also runs at the interpreter's exit, and never on a half-made optimizer.
         self._finalizer = weakref.finalize(self, self._store.close)
 
-    def _tier(self, page_dir: str | os.PathLike[str] | None, extent_bytes: int) -> Tier:
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        if devices != {"cpu"}:
-            raise ValueError(f"page_budget: expected all parameters on the CPU, got {', '.join(sorted(devices))}")
-        return FileTier(page_dir, extent_bytes)
+    def _tier(self, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int) -> Tier:
+        devices = {p.device for p in self._params()}
+        if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"page_budget: expected all parameters on the CPU or on one CUDA device, got {names}")
+        self._page_device = device = devices.pop()
+        if device.type == "cpu":
+            if host_budget is not None:
+                raise ValueError(
+                    "host_budget: expected parameters on a CUDA device; on the CPU page_budget is all of it"
+                )
+            return FileTier(page_dir, extent_bytes)
+        return self._cuda_tier(CudaDevice(device), page_dir, host_budget, extent_bytes)
+
+    def _cuda_tier(
+        self, device: Device, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int
+    ) -> PinnedTier:
+        if host_budget is None and page_dir is not None:
+            host_budget = self.page_budget
+        if host_budget is None:
+            return PinnedTier(device, extent_bytes)
+        file = FileTier(page_dir, extent_bytes)
+        return PinnedTier(device, extent_bytes, file=file, host_extents=host_budget // extent_bytes)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its hyperparameters and dtypes."""
@@ -114,6 +141,10 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
+
+        On CUDA the work is enqueued on the current stream, as that of any op: gradients that another stream computes
+        must be waited for by it (`backward` sees to that), and so must steps that are made on different streams. Pages
+        move on two streams of their own, which are ordered with it here.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -218,7 +249,7 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 _check_grad(index, p)
                 if index not in self._added:
-                    specs.append(_spec(index, p, group))
+                    specs.append(self._spec(index, p, group["state_bits"]))
                 step = self.state[p].get("step", 0) + 1
                 if step not in row_of:
                     row_of[step] = len(rows)
@@ -237,7 +268,8 @@ class AdamW(torch.optim.Optimizer):
 
         With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax;
         `AdamW(state_bits=32)` loads these and gives a state for torch.optim.AdamW, which would take codes for values.
-        With pages the tensors are copies that live in files (deleted already; the space returns with the tensors).
+        With pages the tensors are copies on the CPU that live in files (deleted already; the space returns with the
+        tensors): in the folder of the pages, or where there is none, in the one for temporary files.
         """
         self._check_usable()
         packed = super().state_dict()
@@ -319,9 +351,7 @@ class AdamW(torch.optim.Optimizer):
     def _load(self, groups: list[dict[str, Any]], steps: dict[int, int], source: Any) -> None:
         params = self._params()
         bits = [group["state_bits"] for group in groups for _ in group["params"]]
-        specs = [
-            Spec(i, params[i].numel(), effective_bits(params[i].numel(), bits[i]), params[i].device) for i in steps
-        ]
+        specs = [self._spec(i, params[i], bits[i]) for i in steps]
         self._failed = "loading a state was cut short"
         self._routine = None
         self._store.reset()
@@ -335,13 +365,17 @@ class AdamW(torch.optim.Optimizer):
         self.param_groups = groups
         self._failed = None
 
+    def _spec(self, index: int, p: Tensor, bits: int) -> Spec:
+        if self._page_device is not None and p.device != self._page_device:
+            raise ValueError(f"parameter {index}: expected on {self._page_device} like its pages, got {p.device}")
+        return Spec(index, p.numel(), effective_bits(p.numel(), bits), p.device)
+
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _folder(self) -> Path:
-        if not isinstance(self._store, PagedStates) or not isinstance(self._store.pager.tier, FileTier):
-            raise ValueError("page_dir: the optimizer has no folder")
-        return self._store.pager.tier.folder.path
+    def _folder(self) -> Path | None:
+        """The folder that the pages are in, or None."""
+        return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:
@@ -363,10 +397,6 @@ class _Routine:
 
 
 _NOBODY: tuple[Any, int, int, None, None] = (None, 0, 0, None, None)
-
-
-def _spec(index: int, p: Tensor, group: dict[str, Any]) -> Spec:
-    return Spec(index, p.numel(), effective_bits(p.numel(), group["state_bits"]), p.device)
 
 
 def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:

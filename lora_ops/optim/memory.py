@@ -86,7 +86,8 @@ def optimizer_memory(
         page_budget, extent_bytes: as for `AdamW`.
 
     Returns:
-        The memory by tier. With a budget, whole extents count, and `slow` is the size of the page file.
+        The memory by tier. With a budget, whole extents count, and `slow` is the size of the page file, or on CUDA
+        that of pinned memory (with a host_budget that of the file, and pinned memory comes on top).
     """
     numels = [p if isinstance(p, int) else p.numel() for p in params]
     if page_budget is None:

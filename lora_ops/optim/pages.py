@@ -155,14 +155,24 @@ class Pager:
                 transfer.result()
                 self.stats.wait_seconds += time.perf_counter() - start
                 work.coming.popleft()
-                yield self._batch([extent], write)
+                yield from self._lend([extent], write)
                 work.streamed.append(extent)
             else:
                 n = RESIDENT_BATCH if work.missing or work.coming else len(work.resident)
                 batch = [work.resident.popleft() for _ in range(min(n, len(work.resident)))]
-                yield self._batch(batch, write)
+                yield from self._lend(batch, write)
                 work.computed += batch
         self._reap_writes()
+
+    def _lend(self, extents: list[int], write: bool) -> Iterator[list[tuple[int, Tensor]]]:
+        """Yield one batch, which is the caller's until it asks for the next, or abandons the pass."""
+        batch = self._batch(extents, write)
+        frames = [frame for _, frame in batch]
+        self.tier.acquire(frames)
+        try:
+            yield batch
+        finally:
+            self.tier.release(frames)
 
     def _batch(self, extents: list[int], write: bool) -> list[tuple[int, Tensor]]:
         batch = []

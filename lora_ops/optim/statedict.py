@@ -66,10 +66,10 @@ class FileBackedSink:
     """Collects the states in files that are deleted as soon as they are mapped.
 
     Args:
-        folder: where; needs room for all states.
+        folder: where, or None for where temporary files go; needs room for all states.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="state_dict-", dir=folder)
         self._parts: dict[int, dict[str, tuple[Path, torch.dtype, int]]] = defaultdict(dict)
 

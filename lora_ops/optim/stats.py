@@ -13,10 +13,10 @@ class PagingStats:
 
     Attributes:
         budget: the frames' limit. peak: the most that they ever took.
-        resident: what they take now. bytes_by_tier: the same, and the size of the file.
+        resident: what they take now. bytes_by_tier: the same, and what pinned memory and the file take.
         hits, misses: extents that a pass found in a frame, and that had to be fetched. passes: steps, saves and loads.
-        read, written: what moved. waited: how long the step waited for it.
-        read_seconds, write_seconds: how long the background thread took for it.
+        read, written: what moved to frames and from them. waited: how long the host waited for it.
+        read_seconds, write_seconds: how long the background thread took for what moved from and to a file.
     """
 
     extent_bytes: int
@@ -56,7 +56,7 @@ def paging_stats(store: PagedStates) -> PagingStats:
     resident = counts.frames * extent
     return PagingStats(
         extent_bytes=extent, extents=len(pager.table), budget=pager.n_frames * extent, peak=counts.peak_frames * extent,
-        resident=resident, bytes_by_tier={"ram": resident, pager.tier.name: pager.tier.stored_bytes()},
+        resident=resident, bytes_by_tier={pager.tier.fast: resident, **pager.tier.bytes_by_tier()},
         passes=counts.sweeps, hits=counts.hits, misses=counts.misses,
         read=moved.bytes_read, written=moved.bytes_written, waited=counts.wait_seconds,
         read_seconds=moved.read_seconds, write_seconds=moved.write_seconds,

@@ -48,9 +48,12 @@ class SFTArguments:
         "adamw_torch",
     )
     page_budget: str | None = _help(
-        "most bytes of AdamW's states in fast memory, as in 2GiB; the others are in a file (paged_*: 2GiB)", None
+        "most bytes of AdamW's states in fast memory, as in 2GiB; others in a file, or pinned on CUDA (paged_*: 2GiB)",
+        None,
     )
-    page_dir: str | None = _help("folder of that file; a temporary one if not given", None)
+    page_dir: str | None = _help(
+        "folder of that file; a temporary one if not given. On CUDA: puts a file behind as much pinned memory", None
+    )
     num_train_epochs: float = _help("passes over the dataset, unless max_steps is positive", 1.0)
     max_steps: int = _help("optimizer steps; -1 goes by num_train_epochs", -1)
     per_device_train_batch_size: int = _help("sequences a step and device", 8)

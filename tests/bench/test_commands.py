@@ -109,7 +109,10 @@ def test_gpu_dry_run_walks_every_section(tmp_path: Path) -> None:
         "dequantize",
         "lora_compiled",
         "tune_kstep_min_m",
+        "paged_adamw",
     }
+    races = {check["case"] for check in run["checks"] if check["op"] == "adamw_ in pages"}
+    assert races >= {"32-bit, reads late, a file behind", "8-bit, gradients late", "the host waits for nothing"}
     captured = {check["op"] for check in run["checks"] if check["captured"]}
     assert captured >= {"lora_linear", "nf4_linear", "dequantize_nf4"}
     assert {check["status"] for check in run["checks"]} == {"ok"}

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 
 class Transfer(Protocol):
-    """A transfer under way."""
+    """A transfer that was asked for."""
 
     def done(self) -> bool:
-        """Whether `result` would return at once."""
+        """Whether it has taken place."""
 
     def result(self) -> object:
-        """Wait until the frame may be used, and raise what went wrong."""
+        """Raise what went wrong, and return when the frame may be passed to `Tier.acquire`.
+
+        Where the host does the caller's work, that is when the transfer has taken place. Where a stream does it, that
+        is as soon as the stream can be told to wait for it: the host itself does not.
+        """
 
 
 @dataclass
 class TierStats:
-    """What a tier moved, and how long its side of the transfers took."""
+    """What went to and from the frames, and how long a background thread took for its part of it."""
 
     bytes_read: int = 0
     bytes_written: int = 0
@@ -31,11 +37,21 @@ class TierStats:
 class Tier(Protocol):
     """A store of extents, addressed by number.
 
-    Transfers that concern one frame, or one extent, take effect in the order in which they were asked for.
+    Transfers that concern one frame, or one extent, take effect in the order in which they were asked for. Between
+    `acquire` and `release` frames are the caller's, whose work on them may be enqueued on a stream and run later.
+
+    Attributes:
+        fast: name of the memory that frames are in.
+        directory: a folder that is this tier's own, or None.
     """
 
-    name: str
-    stats: TierStats
+    fast: str
+
+    @property
+    def directory(self) -> Path | None: ...
+
+    @property
+    def stats(self) -> TierStats: ...
 
     def new_frame(self) -> Tensor:
         """A frame of the fast tier: uint8 [extent_bytes], zero-filled."""
@@ -52,8 +68,14 @@ class Tier(Protocol):
     def clear(self, frame: Tensor) -> Transfer:
         """Fill a frame with zeros."""
 
-    def stored_bytes(self) -> int:
-        """Bytes that the tier occupies."""
+    def acquire(self, frames: Sequence[Tensor]) -> None:
+        """Have what the caller does from now on come after all that was asked for about these frames."""
+
+    def release(self, frames: Sequence[Tensor]) -> None:
+        """Have what is asked for from now on come after what the caller has done, or enqueued, with these frames."""
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes that extents occupy outside the frames, by name of the memory."""
 
     def close(self) -> None:
         """Finish transfers, give files and memory back. Safe to call twice."""

@@ -10,8 +10,11 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +37,7 @@ class FileTier:
         PagingError: if the folder cannot be used.
     """
 
-    name = "file"
+    fast = "ram"
 
     def __init__(self, page_dir: str | os.PathLike[str] | None, extent_bytes: int) -> None:
         self.extent_bytes = extent_bytes
@@ -53,6 +56,11 @@ class FileTier:
         # before the read that replaces it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora_ops-pages")
 
+    @property
+    def directory(self) -> Path:
+        """The folder of the page file."""
+        return self.folder.path
+
     def new_frame(self) -> Tensor:
         """A frame straight from the kernel: its memory returns when the tensor dies, whatever malloc is tuned to."""
         return torch.frombuffer(mmap.mmap(-1, self.extent_bytes), dtype=torch.uint8)
@@ -67,21 +75,37 @@ class FileTier:
             raise self._error("cannot grow to", n_extents * self.extent_bytes, error) from error
         self._reserved = n_extents
 
-    def read(self, extent: int, frame: Tensor) -> Future[None]:
-        """Read an extent and check it."""
-        return self._submit(self._read, extent, frame)
+    def read(
+        self,
+        extent: int,
+        frame: Tensor,
+        before: Callable[[], Any] | None = None,
+        after: Callable[[], Any] | None = None,
+    ) -> Future[Any]:
+        """Read an extent and check it.
 
-    def write(self, extent: int, frame: Tensor) -> Future[None]:
-        """Write a frame and note its checksum."""
-        return self._submit(self._write, extent, frame)
+        Args:
+            before, after: called on the thread, around the read; the result is that of `after`.
+        """
+        return self._submit(before, partial(self._read, extent, frame), after)
+
+    def write(self, extent: int, frame: Tensor, before: Callable[[], Any] | None = None) -> Future[Any]:
+        """Write a frame and note its checksum; `before` is called on the thread before that."""
+        return self._submit(before, partial(self._write, extent, frame))
 
     def clear(self, frame: Tensor) -> Future[None]:
         """Zero a frame, after the write-back of what it held."""
-        return self._submit(_clear, frame)
+        return self._submit(partial(_clear, frame))
 
-    def stored_bytes(self) -> int:
+    def acquire(self, frames: Sequence[Tensor]) -> None:
+        """Nothing: the host does the caller's work, and it has waited for the transfers."""
+
+    def release(self, frames: Sequence[Tensor]) -> None:
+        """Nothing: the caller's work is done."""
+
+    def bytes_by_tier(self) -> dict[str, int]:
         """Size of the page file."""
-        return self._reserved * self.extent_bytes
+        return {"file": self._reserved * self.extent_bytes}
 
     def close(self) -> None:
         """Wait for the thread and delete the file."""
@@ -93,12 +117,12 @@ class FileTier:
         os.close(fd)
         self.folder.close()
 
-    def _submit(self, work: Callable[..., None], *args: object) -> Future[None]:
+    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
         if self._fd < 0:
             raise PagingError(f"{self.path}: the optimizer that owned these pages was closed")
         if os.getpid() != self.folder.owner:
             raise PagingError(f"{self.path}: belongs to process {self.folder.owner}, of which this one is a fork")
-        return self._worker.submit(work, *args)
+        return self._worker.submit(_in_turn, work)
 
     def _read(self, extent: int, frame: Tensor) -> None:
         start = time.perf_counter()
@@ -115,7 +139,7 @@ class FileTier:
                     f"at {offset + done}; the states are lost, resume from a checkpoint"
                 )
             done += n
-        if checksum(view) != self._checksums[extent]:
+        if checksum(view) != self._checksums.get(extent):
             raise PagingError(
                 f"{self.path}: extent {extent} (bytes {offset} to {offset + len(view)}) is not what was written there: "
                 "checksum mismatch; the states are lost, resume from a checkpoint"
@@ -139,6 +163,14 @@ class FileTier:
     def _error(self, what: str, number: int, error: OSError) -> PagingError:
         advice = "; free space on that disk or choose another page_dir" if error.errno == errno.ENOSPC else ""
         return PagingError(f"{self.path}: {what} {number}: {error.strerror}{advice}")
+
+
+def _in_turn(work: Sequence[Callable[[], Any] | None]) -> Any:
+    """Do all of it; answers the last result."""
+    result = None
+    for part in work:
+        result = None if part is None else part()
+    return result
 
 
 def _clear(frame: Tensor) -> None:
