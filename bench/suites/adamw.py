@@ -115,8 +115,8 @@ def _pages(plan: Plan, n: int, k: int, bits: int, budget: int, variant: str) -> 
             for _ in pager.sweep(range(len(pager.table))):
                 pass
 
-        moved = 2 * max(0, len(pager.table) * made[0]._store.extent_bytes - budget)  # type: ignore[union-attr]
-        return Contender(run, inner.check, moved)
+        states = optimizer_memory(_sizes(n, k), state_bits=bits).states
+        return Contender(run, inner.check, 2 * max(0, states - budget))
 
     makers = {**ours(plan, lora_ops), COMPUTE: compute, TRANSFERS: transfers}
     baseline = "the longer of its compute and its transfers"
