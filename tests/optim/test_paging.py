@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_ops import _native
 from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, optimizer_memory
 from tests.optim.conftest import EXTENT, Run, assert_equal, state_bytes
 
@@ -194,6 +195,9 @@ print(run(1 << 24, page_budget=budget, page_dir=folder + "/pages") if budget els
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads VmHWM of /proc/self/status")
+@pytest.mark.skipif(
+    not _native.available(), reason="the reference needs temporaries beside the pages: no native library"
+)
 @pytest.mark.parametrize(("bits", "states"), [(32, 128 << 20), (8, (32 << 20) * 65 // 64)])
 def test_resident_memory_keeps_the_budget(bits: int, states: int, tmp_path: Path) -> None:
     """Peak resident set of a process, steps, save and load included: the budget and a few buffers."""
