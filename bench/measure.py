@@ -47,7 +47,7 @@ class Comparison:
         op: name of the operation, one table and chart in the report.
         variant: what distinguishes comparisons of one op apart from M, N, K.
         flops: arithmetic of the operation.
-        baseline: the contender that ratios are taken over.
+        baseline: the contender that ratios are taken over, or a name for the slowest of `slowest_of`.
         makers: by name; names that begin with "lora_ops" are ours.
     """
 
@@ -60,6 +60,7 @@ class Comparison:
     baseline: str
     makers: dict[str, Callable[[], Contender]]
     r: int = 0
+    slowest_of: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -141,6 +142,8 @@ def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Ef
     ready, rows = prepare(c)
     times = clock.interleave({name: contender.run for name, contender in ready.items()}, effort)
     medians = {name: statistics.median(t) for name, t in times.items()}
+    over = c.slowest_of or (c.baseline,)
+    base = max(medians[name] for name in over) if medians.keys() >= set(over) else None
     for name, t in times.items():
         seconds, contender = medians[name], ready[name]
         least = max(contender.bytes / ceilings.copy_bytes_per_s, c.flops / ceilings.flops_per_s)
@@ -159,7 +162,7 @@ def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Ef
                 p10_ms=ordered[len(t) // 10] * 1e3,
                 p90_ms=ordered[-1 - len(t) // 10] * 1e3,
                 rounds=len(t),
-                over_baseline=seconds / medians[c.baseline] if c.baseline in medians else None,
+                over_baseline=None if base is None else seconds / base,
                 baseline=c.baseline,
                 note=contender.note,
                 gbps=contender.bytes / seconds / 1e9,

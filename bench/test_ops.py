@@ -15,7 +15,7 @@ import torch
 
 from bench.measure import OURS, prepare
 from bench.plan import Plan
-from bench.suites import SUITES
+from bench.suites import SUITES, adamw
 
 PLAN = Plan(
     shapes=((1024, 1024),),
@@ -32,7 +32,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "nf4_linear_dx": (1, (OURS, "dense", "bitsandbytes")),
     "lora_linear": (4, (OURS, "frozen dense", "PEFT", "PEFT + bitsandbytes", "addmm by hand")),
     "lora_generation": (1, (OURS, "nf4_linear", "PEFT + bitsandbytes")),
-    "adamw": (6, (OURS, "torch fused 32-bit", "bitsandbytes AdamW8bit")),
+    "adamw": (2, (OURS, "torch fused 32-bit", "bitsandbytes AdamW8bit")),
+    "adamw_pages": (4, (OURS, adamw.COMPUTE, adamw.TRANSFERS)),
 }
 
 

@@ -60,6 +60,7 @@ LEADS = {
     "lora_generation": "lora_linear",
     "lora_compiled": "lora_linear",
     "adamw": "adamw_",
+    "adamw_pages": "adamw_",
 }
 
 

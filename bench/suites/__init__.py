@@ -16,6 +16,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Comparison]]] = {
     "lora_linear": lora_linear.forward_backward,
     "lora_generation": lora_linear.generation,
     "adamw": adamw.step,
+    "adamw_pages": adamw.pages,
 }
 
 # Of the device suite alone.

@@ -86,6 +86,34 @@ inline void adamw_store_stochastic(const float* __restrict from, const uint16_t*
     }
 }
 
+struct CodedBlock {
+    uint8_t *m_codes, *v_codes;
+    float *m_absmax, *v_absmax;
+};
+
+// Blocks with 8-bit states, one after the other. `step` has updated p when it returns; the codes of a block are only
+// written by the next call.
+template <class Vec>
+class CodedBlocks {
+  public:
+    CodedBlocks(const AdamwConstants& constants, const AdamwCodes& codes) : c_(constants), codes_(codes) {}
+
+    void step(float* p, const float* g, int64_t n, const CodedBlock& block) {
+        alignas(64) float m[kAdamwBlock], v[kAdamwBlock];
+        blockwise8_dequantize<Vec>(block.m_codes, block.m_absmax, n, kAdamwBlock, *codes_.exp_avg, m);
+        blockwise8_dequantize<Vec>(block.v_codes, block.v_absmax, n, kAdamwBlock, *codes_.exp_avg_sq, v);
+        adamw_update(p, g, m, v, n, c_);
+        blockwise8_quantize<Vec>(m, n, kAdamwBlock, *codes_.exp_avg, block.m_codes, block.m_absmax);
+        blockwise8_quantize<Vec>(v, n, kAdamwBlock, *codes_.exp_avg_sq, block.v_codes, block.v_absmax);
+    }
+
+    void finish() {}
+
+  private:
+    const AdamwConstants& c_;
+    const AdamwCodes& codes_;
+};
+
 // Elements [begin, end) of a slice; begin is a multiple of kAdamwBlock.
 template <class Vec>
 void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const float* row, const AdamwCodes& codes,
@@ -98,7 +126,8 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
                             static_cast<float*>(s.exp_avg) + begin, static_cast<float*>(s.exp_avg_sq) + begin,
                             end - begin, c);
     }
-    alignas(64) float p_block[kAdamwBlock], g_block[kAdamwBlock], m_block[kAdamwBlock], v_block[kAdamwBlock];
+    alignas(64) float p_block[kAdamwBlock], g_block[kAdamwBlock];
+    typename Vec::AdamwBlocks blocks(c, codes);
     for (int64_t i = begin; i < end; i += kAdamwBlock) {
         const int64_t n = end - i < kAdamwBlock ? end - i : kAdamwBlock, block = i / kAdamwBlock;
         float* p = p_block;
@@ -114,14 +143,8 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
             adamw_load_any(s.grad, s.grad_dtype, i, n, g_block);
         }
         if (coded) {
-            uint8_t* m_codes = static_cast<uint8_t*>(s.exp_avg) + i;
-            uint8_t* v_codes = static_cast<uint8_t*>(s.exp_avg_sq) + i;
-            float *m_absmax = s.exp_avg_absmax + block, *v_absmax = s.exp_avg_sq_absmax + block;
-            blockwise8_dequantize<Vec>(m_codes, m_absmax, n, kAdamwBlock, *codes.exp_avg, m_block);
-            blockwise8_dequantize<Vec>(v_codes, v_absmax, n, kAdamwBlock, *codes.exp_avg_sq, v_block);
-            adamw_update(p, g, m_block, v_block, n, c);
-            blockwise8_quantize<Vec>(m_block, n, kAdamwBlock, *codes.exp_avg, m_codes, m_absmax);
-            blockwise8_quantize<Vec>(v_block, n, kAdamwBlock, *codes.exp_avg_sq, v_codes, v_absmax);
+            blocks.step(p, g, n, {static_cast<uint8_t*>(s.exp_avg) + i, static_cast<uint8_t*>(s.exp_avg_sq) + i,
+                                  s.exp_avg_absmax + block, s.exp_avg_sq_absmax + block});
         } else {
             adamw_update(p, g, static_cast<float*>(s.exp_avg) + i, static_cast<float*>(s.exp_avg_sq) + i, n, c);
         }
@@ -135,6 +158,7 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
             adamw_store<BF16>(p, n, s.param, i);
         }
     }
+    blocks.finish();
 }
 
 }  // namespace

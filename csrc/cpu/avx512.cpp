@@ -222,6 +222,10 @@ struct Avx512Floats {
 
 // 8 two-register permutes by the low 5 bits of an index, and a tree of blends by the rest.
 struct Avx512LookUp {
+    static __m512i upper_bytes(__m512i a, __m512i b) {
+        return _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    }
+
     static __m512 look_up16(const float* table, __m512i index) {
         const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
         const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));

@@ -12,6 +12,19 @@ namespace {
 
 // Each byte of the entries is looked up in a table of its own; the four then interleave to 64 entries.
 struct VbmiLookUp {
+    static __m512i upper_bytes(__m512i a, __m512i b) {
+        alignas(64) static constexpr struct Index {
+            uint8_t byte[64];
+            constexpr Index() : byte() {
+                for (int i = 0; i < 64; ++i) {
+                    const int lane = i / 16, at = i % 16;
+                    byte[i] = static_cast<uint8_t>(at / 8 * 64 + 2 * (8 * lane + at % 8) + 1);
+                }
+            }
+        } index;
+        return _mm512_permutex2var_epi8(a, _mm512_load_si512(&index), b);
+    }
+
     static void look_up64(const float*, const uint8_t (*table_bytes)[256], __m512i lanes, __m512 out[4]) {
         const __mmask64 upper = _mm512_movepi8_mask(lanes);  // the permutes read 7 bits of an index
         __m512i byte[4];

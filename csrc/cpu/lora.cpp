@@ -35,13 +35,22 @@ bool is_valid(const lora_ops_adapter* adapter) {
            adapter->n > 0 && adapter->k > 0 && adapter->r > 0 && adapter->threshold <= 65536;
 }
 
-// Below this many multiply-adds a second thread costs more than it saves.
-constexpr double kWorkPerThread = 1 << 15;
+// Below this many multiply-adds a second thread costs more than it saves: to wake one takes 5 to 50 µs.
+constexpr double kWorkPerThread = 1 << 15, kWorkPerThreadOfS = 1 << 18;
+
+int useful_threads(double work, double work_per_thread, int n_threads) {
+    return static_cast<int>(std::max(1.0, std::min(static_cast<double>(n_threads), work / work_per_thread)));
+}
 
 int useful_threads(const lora_ops_adapter& adapter, int64_t m, int n_threads) {
     const double columns = static_cast<double>(adapter.n) + static_cast<double>(adapter.k);
-    const double work = static_cast<double>(m) * static_cast<double>(adapter.r) * columns;
-    return static_cast<int>(std::max(1.0, std::min(static_cast<double>(n_threads), work / kWorkPerThread)));
+    return useful_threads(static_cast<double>(m) * static_cast<double>(adapter.r) * columns, kWorkPerThread, n_threads);
+}
+
+// Of S alone.
+int useful_threads_of_s(const lora_ops_adapter& adapter, int64_t m, int n_threads) {
+    const double work = static_cast<double>(m) * static_cast<double>(adapter.r) * static_cast<double>(adapter.k);
+    return useful_threads(work, kWorkPerThreadOfS, n_threads);
 }
 
 // oneDNN multiplies dense bfloat16 in AMX tiles, many times as fast as anything here.
@@ -126,6 +135,7 @@ int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight
     LowRank low = {};
     low.left = f.left = lora_workspace(left_bytes(*adapter, m), 1);
     if (!f.left) return LORA_OPS_NO_MEMORY;
+    f.n_threads = useful_threads_of_s(*adapter, m, n_threads);
     const int status = kernels().forward(f);
     if (status != LORA_OPS_OK) return status;
     low.stride_left = left_stride(adapter->r);

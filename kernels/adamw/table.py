@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,47 +13,66 @@ from lora_ops._dispatch import current_backend, tracing
 from lora_ops.kernels.adamw.op import Slice
 from lora_ops.quant.blockwise8.reference import dynamic_map
 
-_GRAD, _ROW, _STEP = 1, 9, 11  # fields of lora_ops_adamw_slice, 64 bits each
+_GRAD, _STATES, _ROW, _STEP = 1, slice(2, 6), 9, 11  # fields of lora_ops_adamw_slice, 64 bits each
+
+
+@dataclass(slots=True)
+class Again:
+    """What is new in a step: for each parameter the address of its gradient, the row that holds for it and its step.
+
+    Gradients are contiguous and of the dtypes that they had.
+    """
+
+    grads: Sequence[int]
+    index: Sequence[int]
+    steps: Sequence[int]
+    rows: Sequence[tuple[float, ...]]
+    seed: int | None
 
 
 class Table:
-    """`adamw_` of slices that it has served before; their tensors are kept.
+    """`adamw_` of slices that it has served before. Who makes it keeps their tensors, gradients apart.
 
     Args:
         slices: on the CPU, checked by `adamw_`.
+        owners: the parameter that each slice is of, as `Again` counts them.
+        base: an address that those of the states count from; they move with it.
     """
 
-    def __init__(self, slices: Sequence[Slice]) -> None:
-        self._slices = [s for s in slices if s.param.numel()]
-        self._kept = np.array([bool(s.param.numel()) for s in slices], dtype=bool)
-        self._fields = np.array([_fields(s) for s in self._slices], dtype=np.int64).reshape(-1, 13)
-        for s in self._slices:
-            s.grad = s.param  # the gradient is not kept: every step brings another
+    def __init__(self, slices: Sequence[Slice], owners: Sequence[int], base: int = 0) -> None:
+        kept = [(s, owner) for s, owner in zip(slices, owners, strict=True) if s.param.numel()]
+        self._fields = np.array([_fields(s) for s, _ in kept], dtype=np.int64).reshape(-1, 13)
+        self._owners = np.array([owner for _, owner in kept], dtype=np.int64)
+        self._offsets = np.array([s.first * s.grad.element_size() for s, _ in kept], dtype=np.int64)
+        states = self._fields[:, _STATES]
+        self._moving = (states != 0).astype(np.int64)  # 32-bit states have no absmax
+        self._base = base
 
     @staticmethod
     def serves() -> bool:
         """Whether `adamw_` would run on the native backend and nobody records what runs."""
         return current_backend() in ("auto", "native") and not tracing() and _native.available()
 
-    def run(
-        self,
-        grads: Sequence[int],
-        index: Sequence[int],
-        steps: Sequence[int],
-        rows: Sequence[tuple[float, ...]],
-        seed: int | None,
-    ) -> None:
-        """One step.
+    def move(self, base: int) -> Table:
+        """Have the states lie at another address from now on."""
+        if base != self._base:
+            self._fields[:, _STATES] += (base - self._base) * self._moving
+            self._base = base
+        return self
 
-        Args:
-            grads: addresses of the gradients, contiguous and of the dtypes that they had.
-            index: rows of `rows` that hold for the slices. steps: of the slices.
-        """
-        for column, values in ((_GRAD, grads), (_ROW, index), (_STEP, steps)):
-            self._fields[:, column] = np.array(values, dtype=np.int64)[self._kept]
-        constants = torch.tensor(rows, dtype=torch.float32)
+    @staticmethod
+    def run(tables: Sequence[Table], again: Again) -> None:
+        """One step of all slices of some tables, in one kernel call."""
+        grads, index, steps = (np.array(v, dtype=np.int64) for v in (again.grads, again.index, again.steps))
+        for table in tables:
+            fields, owners = table._fields, table._owners
+            fields[:, _GRAD] = grads[owners] + table._offsets
+            fields[:, _ROW] = index[owners]
+            fields[:, _STEP] = steps[owners]
+        together = tables[0]._fields if len(tables) == 1 else np.concatenate([table._fields for table in tables])
+        constants = torch.tensor(again.rows, dtype=torch.float32)
         _native.adamw_fields(
-            self._fields.ctypes.data, len(self._fields), constants, dynamic_map(True), dynamic_map(False), seed
+            together.ctypes.data, len(together), constants, dynamic_map(True), dynamic_map(False), again.seed
         )
 
 

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lora_ops.kernels.adamw import Table, constants
+from lora_ops.kernels.adamw import Again, Table, constants
 from lora_ops.optim import checkpoint, statedict
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import effective_bits
@@ -161,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
-        if self._routine and self._routine.serves() and self._step_again(self._routine):
+        if self._routine and Table.serves() and self._step_again(self._routine):
             return loss
         self._routine = None
         params, jobs, rows = self._plan()
@@ -183,18 +183,18 @@ class AdamW(torch.optim.Optimizer):
     def _note_routine(self, params: list[Tensor], jobs: list[Job]) -> None:
         """After two steps with gradients for the same parameters, lay out the next one."""
         pattern, self._pattern = self._pattern, [job.index for job in jobs]
-        if pattern != self._pattern or not isinstance(self._store, ResidentStates):
+        if pattern != self._pattern:
             return
         for p, job in zip(params, jobs, strict=True):
             in_place = p.grad is not None and job.grad.data_ptr() == p.grad.data_ptr()
             if p.device.type != "cpu" or not in_place or job.param.data_ptr() != p.data_ptr():
                 return
         with_grad = set(self._pattern)
-        members = [
-            (p, p.data_ptr(), None if p.grad is None else p.grad.dtype, self.state[p] if i in with_grad else None)
-            for i, p in enumerate(self._params())
-        ]
-        self._routine = _Routine(self._store.table(jobs), members)
+        members: list[_Member] = []
+        for i, p in enumerate(self._params()):
+            dtype = None if p.grad is None else p.grad.dtype
+            members.append((p, p.data_ptr(), p.numel(), dtype, self.state[p] if i in with_grad else None))
+        self._routine = _Routine(self._store.lay_out(jobs), members)
 
     def _step_again(self, routine: _Routine) -> bool:
         """Do a step for which only values, addresses of gradients and hyperparameters have changed; else do nothing."""
@@ -203,7 +203,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             first = 0
             for p in group["params"]:
-                known, address, dtype, state = next(members, _NOBODY)
+                known, address, numel, dtype, state = next(members, _NOBODY)
                 grad = p.grad
                 if p is not known or (grad is None) != (state is None):
                     return False
@@ -212,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
                 if p.data_ptr() != address or grad.dtype is not dtype or grad.layout is not torch.strided:
                     return False
                 step = state["step"] + 1
-                if not grad.is_contiguous() or step != (first or step):
+                if not grad.is_contiguous() or grad.numel() != numel or step != (first or step):
                     return False
                 if not first:
                     first = step
@@ -225,7 +225,7 @@ class AdamW(torch.optim.Optimizer):
         if next(members, None) is not None:
             return False
         try:
-            routine.table.run(grads, index, steps, rows, self._seed)
+            routine.run(Again(grads, index, steps, rows, self._seed))
         except BaseException as error:
             self._failed = f"a step was cut short ({type(error).__name__}: {error})"
             raise
@@ -264,9 +264,10 @@ class AdamW(torch.optim.Optimizer):
         return params, jobs, rows
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch.optim.AdamW gives it, which that optimizer loads.
+        """The state as torch.optim.AdamW gives it; with 32-bit states that optimizer loads it.
 
-        With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax.
+        With 8-bit states exp_avg and exp_avg_sq are uint8 codes, and there are exp_avg_absmax and exp_avg_sq_absmax;
+        `AdamW(state_bits=32)` loads these and gives a state for torch.optim.AdamW, which would take codes for values.
         With pages the tensors are copies on the CPU that live in files (deleted already; the space returns with the
         tensors): in the folder of the pages, or where there is none, in the one for temporary files.
         """
@@ -383,18 +384,19 @@ class AdamW(torch.optim.Optimizer):
             raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
 
 
+# Parameter, address, elements, and if it has a gradient that one's dtype and the state.
+_Member: TypeAlias = tuple[Tensor, int, int, torch.dtype | None, dict[str, Any] | None]
+
+
 @dataclass(frozen=True)
 class _Routine:
-    """A step laid out; members are (parameter, address, the gradient's dtype, state or None if it has no gradient)."""
+    """A step laid out."""
 
-    table: Table
-    members: list[tuple[Tensor, int, torch.dtype | None, dict[str, Any] | None]]
-
-    def serves(self) -> bool:
-        return self.table.serves()
+    run: Callable[[Again], None]
+    members: list[_Member]
 
 
-_NOBODY: tuple[Any, int, None, None] = (None, 0, None, None)
+_NOBODY: tuple[Any, int, int, None, None] = (None, 0, 0, None, None)
 
 
 def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:

@@ -51,7 +51,8 @@ def save(
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whose reason is that of the first error
+            partial.unlink()
         raise PagingError(f"{path}: cannot write the checkpoint: {error.strerror}; an earlier one is intact") from error
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ def trainer_optimizer(
     """What `Trainer(optimizer_cls_and_kwargs=...)` and TRL's trainers take, for an optimizer name that HF users know.
 
     Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("paged_adamw_8bit", lr=args.learning_rate)).
-    Weight decay is the trainer's: it makes the groups.
+    Weight decay is the trainer's: it makes the groups. Trainers without that argument, such as TRL's DPOTrainer and
+    GRPOTrainer, take `optimizers=(cls(groups, **kwargs), None)`.
 
     Args:
         name: one of `NAMES`. A paged one has a budget of "2GiB" if `page_budget` does not say otherwise.
@@ -48,8 +49,7 @@ def trainer_optimizer(
     bits = _BITS.get(name.removeprefix("paged_"))
     if name not in NAMES or bits is None:
         raise ValueError(f"optim: expected one of {', '.join(NAMES)}, got {name!r}")
+    if page_budget is None and name.startswith("paged_"):
+        page_budget = DEFAULT_BUDGET
     chosen: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "state_bits": bits, **kwargs}
-    budget = page_budget or (DEFAULT_BUDGET if name.startswith("paged_") else None)
-    if budget is not None:
-        chosen |= {"page_budget": budget, "page_dir": page_dir}
-    return AdamW, chosen
+    return AdamW, {**chosen, "page_budget": page_budget, "page_dir": page_dir}

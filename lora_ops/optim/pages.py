@@ -192,10 +192,15 @@ class Pager:
                 return
             extent = work.missing.popleft()
             page = self.table[extent]
-            page.frame = frame
             fetch = work.read and page.stored
+            try:
+                transfer = self.tier.read(extent, frame) if fetch else self.tier.clear(frame)
+            except BaseException:  # refused: the frame holds what it held, which is not the extent
+                self._free.append(frame)
+                raise
+            page.frame = frame
             page.dirty = page.stored and not fetch
-            work.coming.append((extent, self.tier.read(extent, frame) if fetch else self.tier.clear(frame)))
+            work.coming.append((extent, transfer))
 
     def _take_frame(self, work: Sweep) -> Tensor | None:
         if self._free:
@@ -208,11 +213,11 @@ class Pager:
         if victim is None:
             return None
         page = self.table[victim]
-        frame, page.frame = page.frame, None
-        if page.dirty and frame is not None:
-            self._reap_writes()
-            self._writes.append(self.tier.write(victim, frame))
+        if page.dirty and page.frame is not None:
+            self._reap_writes()  # may raise, and so may write: the frame is the victim's until both have passed
+            self._writes.append(self.tier.write(victim, page.frame))
             page.dirty, page.stored = False, True
+        frame, page.frame = page.frame, None
         return frame
 
     def _reap_writes(self) -> None:

@@ -34,6 +34,8 @@ def matched_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> li
         raise ValueError(f"state_dict: expected groups of {sizes} parameters, got {saved_sizes}")
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("state_dict: amsgrad is not supported")
+    if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):
+        raise ValueError("state_dict: expected AdamW's weight decay, got Adam's, which is part of the gradient")
     kept = ("params", "param_names", "state_bits")
     return [
         {
@@ -89,7 +91,7 @@ class FileBackedSink:
         """The tensors of a parameter, flat; the files' names are gone afterwards."""
         found = {}
         for name, (path, dtype, size) in self._parts.pop(index).items():
-            found[name] = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+            found[name] = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0)
             path.unlink()
         return found
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lora_ops.kernels.adamw import Slice, Table, adamw_
+from lora_ops.kernels.adamw import Again, Slice, Table, adamw_
 from lora_ops.optim.layout import Packer, Segment, States, converted, new_states, views
 from lora_ops.optim.pages import Pager
 
@@ -71,9 +72,11 @@ class ResidentStates:
         for group in slices.values():
             adamw_(group, rows, seed=seed)
 
-    def table(self, jobs: Sequence[Job]) -> Table:
-        """The same step again; for parameters on the CPU."""
-        return Table([_slice(job, job.param, job.grad, self.states[job.index], 0) for job in jobs])
+    def lay_out(self, jobs: Sequence[Job]) -> Callable[[Again], None]:
+        """The same step again; for parameters on the CPU, until states are added or loaded."""
+        slices = [_slice(job, job.param, job.grad, self.states[job.index], 0) for job in jobs]
+        table = Table(slices, range(len(jobs)))
+        return lambda again: Table.run([table], again)
 
     def fill(self, source: Source) -> None:
         """Load the states of every parameter."""
@@ -126,12 +129,14 @@ class PagedStates:
         """Place new parameters in extents, which begin as zeros.
 
         Raises:
-            PagingError: if the slow tier has no room; nothing is changed then but the room in extents.
+            PagingError: if the slow tier has no room; nothing is changed then.
         """
-        placed = {spec.index: self._packer.place(spec.numel, spec.bits) for spec in specs}
-        missing = self._packer.n_extents - len(self.pager.table)
+        packer = copy(self._packer)  # ours is untouched if there is no room: the step may be tried again
+        placed = {spec.index: packer.place(spec.numel, spec.bits) for spec in specs}
+        missing = packer.n_extents - len(self.pager.table)
         if missing > 0:
             self.pager.allocate(missing)
+        self._packer = packer
         self.segments.update(placed)
 
     def step(self, jobs: Sequence[Job], rows: Sequence[tuple[float, ...]], seed: int | None) -> None:
@@ -143,12 +148,27 @@ class PagedStates:
         for batch in self.pager.sweep(list(parts)):
             slices = []
             for extent, frame in batch:
-                for job, s in parts[extent]:
-                    whole = s.n == job.param.numel()
-                    param = job.param if whole else job.param[s.first : s.first + s.n]
-                    grad = job.grad if whole else job.grad[s.first : s.first + s.n]
-                    slices.append(_slice(job, param, grad, self._states(job.index, s, frame), s.first))
+                slices += [_part(job, s, self._states(job.index, s, frame)) for job, s in parts[extent]]
             adamw_(slices, rows, seed=seed)
+
+    def lay_out(self, jobs: Sequence[Job]) -> Callable[[Again], None]:
+        """The same step again; for parameters on the CPU, until states are added or loaded."""
+        parts: dict[int, list[tuple[int, Segment]]] = defaultdict(list)
+        for number, job in enumerate(jobs):
+            for segment in self.segments[job.index]:
+                parts[segment.extent].append((number, segment))
+        anywhere = torch.empty(self.extent_bytes, dtype=torch.uint8)  # never touched: it only gives addresses
+        tables = {}
+        for extent, members in parts.items():
+            slices = [_part(jobs[i], s, views(anywhere, s.offset, s.n, s.bits)) for i, s in members]
+            tables[extent] = Table(slices, [i for i, _ in members], anywhere.data_ptr())
+        extents = list(tables)
+
+        def step(again: Again) -> None:
+            for batch in self.pager.sweep(extents):
+                Table.run([tables[extent].move(frame.data_ptr()) for extent, frame in batch], again)
+
+        return step
 
     def fill(self, source: Source) -> None:
         """Load the states of every parameter, extent by extent."""
@@ -169,12 +189,17 @@ class PagedStates:
             for extent, frame in batch:
                 for index, s in parts[extent]:
                     sink.write(index, s.first, self._states(index, s, frame))
+        for index, segments in self.segments.items():
+            if not segments:  # a parameter without elements has a state all the same
+                sink.write(index, 0, new_states(0, 32, torch.device("cpu")))
 
     def runs(self) -> Iterator[tuple[int, int, int, int]]:
         """(index, first, n, bits) of every call that `drain` makes."""
         for index, segments in self.segments.items():
             for s in segments:
                 yield index, s.first, s.n, s.bits
+            if not segments:
+                yield index, 0, 0, 32
 
     def reset(self) -> None:
         """Forget every parameter; frames and file are kept."""
@@ -206,6 +231,14 @@ class PagedStates:
         if cached is None or cached[0] is not frame:
             cached = self._views[key] = frame, views(frame, s.offset, s.n, s.bits)
         return cached[1]
+
+
+def _part(job: Job, s: Segment, states: States) -> Slice:
+    """A segment of a parameter; most are whole ones, of which no views are needed."""
+    if s.n == job.param.numel():
+        return _slice(job, job.param, job.grad, states, 0)
+    elements = slice(s.first, s.first + s.n)
+    return _slice(job, job.param[elements], job.grad[elements], states, s.first)
 
 
 def _slice(job: Job, param: Tensor, grad: Tensor, s: States, first: int) -> Slice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,22 @@ def test_statuses_order_and_interleaving() -> None:
     assert Run("r", rows=rows).bad
 
 
+def test_the_baseline_may_be_the_slowest_of_several() -> None:
+    """Where one of them has no time, there are no ratios."""
+
+    class Fixed(CpuClock):
+        def interleave(self, runs: Any, effort: Effort) -> dict[str, list[float]]:
+            return {name: [{"lora_ops": 6.0, "a": 3.0, "b": 5.0}[name]] for name in runs}
+
+    def makes(wrong: str | None) -> Any:
+        return lambda: Contender(int, lambda: wrong, 1)
+
+    for b, ratios in ((None, [1.2, 0.6, 1.0]), ("wrong", [None, None, None])):
+        makers = {"lora_ops": makes(None), "a": makes(None), "b": makes(b)}
+        comparison = Comparison("op", "", 1, 2, 3, 0.0, "the slower", makers, slowest_of=("a", "b"))
+        assert [row.over_baseline for row in measure(comparison, Fixed(), CEILINGS, EFFORT)] == ratios
+
+
 def test_a_wrong_op_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = nf4_linear.nf4_linear
     monkeypatch.setattr(nf4_linear, "nf4_linear", lambda *args: right(*args) * 1.02)
@@ -78,7 +95,7 @@ def test_every_suite_names_its_baseline() -> None:
     plan = Plan(shapes=((64, 64),), tokens=(2,), lora_shapes=((64, 64),), lora_tokens=(2,))
     for suite in SUITES.values():
         for comparison in suite(plan):
-            assert comparison.baseline in comparison.makers
+            assert set(comparison.slowest_of or (comparison.baseline,)) <= comparison.makers.keys()
             assert "lora_ops" in comparison.makers
 
 

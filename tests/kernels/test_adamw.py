@@ -79,6 +79,20 @@ def test_native_equals_reference(isa: str, many: list[Slice], seed: int | None) 
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("isa", _native.supported_isas() if _native.available() else [])
+@pytest.mark.parametrize("size", [0.0, 1e-21, 1e-19, 1e-38, 1e18])
+def test_states_at_the_ends_of_the_range(isa: str, size: float) -> None:
+    """Blocks whose second moment is zero, subnormal or near overflow: the reciprocal of its absmax is not finite."""
+    s = make(600, 8, torch.float32, torch.float32, 3)
+    s.grad *= size
+    s.exp_avg[:] = 127  # zero
+    s.exp_avg_sq[:] = 0
+    with _native.force_isa(isa):
+        ours = run([s], "native")[0]
+    assert_same(ours, run([s], "reference")[0])
+    assert ours.param.isfinite().all()
+
+
 def test_threads_do_not_change_bits(backend: str) -> None:
     many = [make(n, 8, torch.bfloat16, torch.float32, n, first=256) for n in (100_003, 17, 70_000)]
     before = torch.get_num_threads()

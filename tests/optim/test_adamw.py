@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,43 @@ def test_torch_imports_and_exports(adamw: Callable) -> None:
     assert [g["lr"] for g in got["param_groups"]] == [g["lr"] for g in expected["param_groups"]]
 
 
+def test_loading_keeps_what_is_the_optimizers_own() -> None:
+    """Parameters, their names and the bits; hyperparameters are the state's."""
+    made = [nn.Parameter(torch.randn(5000)) for _ in range(2)]
+    for p in made:
+        p.grad = torch.ones_like(p)
+    saved, ours = AdamW([("theirs", made[0])], lr=0.5), AdamW8bit([("mine", made[1])], lr=0.1)
+    saved.step()
+    ours.load_state_dict(saved.state_dict())
+    (group,) = ours.param_groups
+    assert (group["lr"], group["state_bits"], group["param_names"]) == (0.5, 8, ["mine"])
+    assert group["params"][0] is made[1]
+
+
+def test_hooks_of_loading() -> None:
+    """As in torch: the one before may give another state, the one after is called once it is loaded."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer, seen = AdamW([p], lr=0.1), []
+    state = optimizer.state_dict()
+    other = {**state, "param_groups": [{**state["param_groups"][0], "lr": 0.7}]}
+    optimizer.register_load_state_dict_pre_hook(lambda _, loaded: other)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.param_groups[0]["lr"]))
+    optimizer.load_state_dict(state)
+    assert seen == [0.7]
+
+
+def test_a_learning_rate_in_a_tensor(tmp_path: Path) -> None:
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    a.grad = b.grad = torch.ones(3)
+    one, other = AdamW([a], lr=torch.tensor(0.5)), AdamW([b], lr=0.5)
+    for optimizer in (one, other):
+        optimizer.step()
+    assert torch.equal(a, b)
+    one.save_checkpoint(tmp_path / "x")
+    one.load_checkpoint(tmp_path / "x")
+    assert one.param_groups[0]["lr"] == 0.5
+
+
 def test_loading_converts_bits(adamw: Callable) -> None:
     wide, narrow, wide_again = Run(adamw()).train(10), Run(adamw(state_bits=8)), Run(adamw())
     narrow.optimizer.load_state_dict(wide.optimizer.state_dict())
@@ -211,5 +249,12 @@ def test_errors_of_state_dicts(adamw: Callable) -> None:
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="parameter 0: exp_avg: expected 3 elements, got 6500"):
         other.load_state_dict({"state": {0: state["state"][0]}, "param_groups": other.state_dict()["param_groups"]})
+    for cls, decay in ((torch.optim.Adam, 0.1), (torch.optim.AdamW, 0.1), (torch.optim.Adam, 0.0)):
+        foreign = cls([nn.Parameter(torch.ones(3))], weight_decay=decay).state_dict()
+        if cls is torch.optim.Adam and decay:
+            with pytest.raises(ValueError, match="expected AdamW's weight decay, got Adam's"):
+                other.load_state_dict(foreign)
+        else:
+            other.load_state_dict(foreign)
     with pytest.raises(ValueError, match="parameter 0 has no exp_avg, exp_avg_sq; is it AdamW's"):
         other.load_state_dict({"state": {0: {"step": 1}}, "param_groups": other.state_dict()["param_groups"]})

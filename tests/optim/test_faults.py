@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lora_ops.optim import AdamW, PagingError
+from lora_ops.optim import AdamW, PagingError, optimizer_memory
+from lora_ops.optim.checksum import checksum
+from lora_ops.optim.states import PagedStates
 from tests.optim.conftest import EXTENT, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +44,14 @@ def test_kill_9_at_random_moments() -> None:
     assert re.search(r"32 bits: 5 kills, [1-5] checkpoints loaded and right", done.stdout)
 
 
+@pytest.mark.parametrize("laid_out", [False, True])
 @pytest.mark.parametrize("damage", ["corrupted", "truncated"])
-def test_damaged_page_file(damage: str, tmp_path: Path) -> None:
+def test_damaged_page_file(damage: str, laid_out: bool, tmp_path: Path) -> None:
+    """Seen by the next step, whether it is like those before it or the first of its kind."""
     p, optimizer = paged(tmp_path)
+    for _ in range(3 * laid_out):
+        step(p, optimizer)
+    assert (optimizer._routine is not None) == laid_out
     file = tmp_path / "lora_ops.pages"
     optimizer.save_checkpoint(tmp_path / "good")
     before = optimizer.state_dict()["state"][0]["exp_avg"].clone()
@@ -61,6 +71,8 @@ def test_damaged_page_file(damage: str, tmp_path: Path) -> None:
         step(p, optimizer)
     with pytest.raises(PagingError, match="a step was cut short"):
         optimizer.save_checkpoint(tmp_path / "bad")
+    with pytest.raises(PagingError, match="a step was cut short"):
+        optimizer.state_dict()
     optimizer.load_checkpoint(tmp_path / "good")
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], before)
     step(p, optimizer)
@@ -88,8 +100,9 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(PagingError, match="page_dir: cannot write in /proc/self/pages"):
         paged(Path("/proc/self/pages"))
     p = nn.Parameter(torch.ones(3))
-    with pytest.raises(PagingError, match=f"{tmp_path}/missing/x: cannot write the checkpoint: No such file"):
-        AdamW([p]).save_checkpoint(tmp_path / "missing" / "x")
+    for folder, why in (("missing", "No such file"), ("file", "Not a directory")):
+        with pytest.raises(PagingError, match=f"{tmp_path}/{folder}/x: cannot write the checkpoint: {why}"):
+            AdamW([p]).save_checkpoint(tmp_path / folder / "x")
 
 
 @pytest.fixture
@@ -138,6 +151,70 @@ def test_full_disk_by_rlimit(tmp_path: Path) -> None:
     assert f"PagingError: {tmp_path}/lora_ops.pages: cannot grow to 2097152: File too large" in done.stderr
 
 
+def test_a_step_after_room_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that found the disk full leave no trace: no extents, and the same bits as if they had not been."""
+    p, q = (nn.Parameter(torch.arange(20_000.0)) for _ in range(2))
+    optimizer, plain = AdamW([p], page_budget=4 * EXTENT, extent_bytes=EXTENT, page_dir=tmp_path), AdamW([q])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
+        for _ in range(3):
+            with pytest.raises(PagingError, match=r"lora_ops\.pages: cannot grow to .*: No space left on device; free"):
+                step(p, optimizer)
+    p.grad = q.grad = torch.ones(20_000)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(p, q)
+    assert (
+        optimizer.paging_stats().extents
+        == optimizer_memory([20_000], page_budget=4 * EXTENT, extent_bytes=EXTENT).extents
+    )
+    optimizer.close()
+
+
+def test_writes_that_fail_cost_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails in the middle of steps; after each a checkpoint is loaded."""
+    p, optimizer = paged(tmp_path)
+    optimizer.save_checkpoint(tmp_path / "x", params=True)
+    for _ in range(6):  # more often than there are frames
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", fail(errno.EIO))
+            with pytest.raises(
+                PagingError, match=rf"{tmp_path}/lora_ops.pages: cannot write byte \d+: Input/output error"
+            ):
+                step(p, optimizer)
+        optimizer.load_checkpoint(tmp_path / "x")
+    before = optimizer.paging_stats()
+    step(p, optimizer)
+    after = optimizer.paging_stats()
+    assert after.hits - before.hits == 4
+    assert after.resident == 4 * EXTENT
+    optimizer.close()
+
+
+def test_a_write_that_fails_behind_the_step_is_seen_ever_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step may be over by then. What the file still holds is older than the extent, and no read takes it for it."""
+    p, optimizer = paged(tmp_path)
+    step(p, optimizer)
+    assert isinstance(optimizer._store, PagedStates)
+    pager = optimizer._store.pager
+    in_file = next(e for e, page in enumerate(pager.table) if page.frame is None)
+    with monkeypatch.context() as patch, suppress(PagingError):  # it may be seen at once
+        patch.setattr(os, "pwritev", fail(errno.EIO))
+        assert len(list(pager.sweep([in_file]))) == 1  # in the frame of another one, which is written, and lost
+        pager._writes.pop().result()
+    for _ in range(2):
+        with pytest.raises(PagingError, match="checksum mismatch"):
+            optimizer.state_dict()
+    optimizer.close()
+
+
+def fail(number: int) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("load_paged", [True, False])
 def test_resume_is_bit_identical(adamw: Callable, bits: int, load_paged: bool, tmp_path: Path) -> None:
@@ -157,7 +234,7 @@ def test_resume_is_bit_identical(adamw: Callable, bits: int, load_paged: bool, t
         assert bits == 8 or stats.misses > 0
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing", "other", "header"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "missing", "other", "header", "uncovered"])
 def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: Callable) -> None:
     run = Run(adamw()).train(3)
     file = tmp_path / "x"
@@ -169,6 +246,7 @@ def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: 
         "empty": b"",
         "other": (40).to_bytes(8, "little") + b'{"x": 1}' + b" " * 32,
         "header": whole.replace(rb"\"lr\": 0.0", rb"\"lr\": 0.1", 1),
+        "uncovered": forget_last_piece(whole),
     }.get(damage)
     if content is None:
         file.unlink()
@@ -181,6 +259,39 @@ def test_damaged_checkpoint_changes_nothing(damage: str, tmp_path: Path, adamw: 
     assert_equal(run.tensors(), before)
 
 
+def forget_last_piece(whole: bytes) -> bytes:
+    """The checkpoint with a changed byte in its last piece, which its table of checksums does not know any more."""
+    size = int.from_bytes(whole[:8], "little")
+    begin, end = (8 + size + n for n in json.loads(whole[8 : 8 + size])["checksums"]["data_offsets"])
+    table = torch.frombuffer(bytearray(whole[begin:end]), dtype=torch.int64).view(-1, 3)
+    offset = int(table[-1, 0])
+    empty = checksum(memoryview(b""))
+    table[-1] = torch.tensor([offset, 0, empty - (empty >> 63 << 64)])
+    changed = bytearray(whole)
+    changed[begin:end] = table.numpy().tobytes()
+    changed[offset] ^= 1
+    return bytes(changed)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure is no kill -9: what was not synced may be gone, and the name be there."""
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record(fd: int) -> None:
+        seen.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def rename(*paths: Path) -> None:
+        seen.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", rename)
+    AdamW([nn.Parameter(torch.ones(3))]).save_checkpoint(tmp_path / "x")
+    assert seen == [f"{tmp_path}/x.partial", "rename", str(tmp_path)]
+
+
 def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Callable) -> None:
     a, b = nn.Parameter(torch.randn(5000)), nn.Parameter(torch.randn(6000))
     for p in (a, b):
@@ -190,6 +301,10 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Call
     other.step()
     one.save_checkpoint(tmp_path / "x")
     with pytest.raises(ValueError, match=r"state\.0\.exp_avg: expected 6000 elements, got 5000"):
+        other.load_checkpoint(tmp_path / "x")
+    assert other.state[b]["step"] == 1
+    AdamW([a]).save_checkpoint(tmp_path / "x", params=True)  # before any step: there are no states
+    with pytest.raises(ValueError, match=r"param\.0: expected 6000 elements, got 5000"):
         other.load_checkpoint(tmp_path / "x")
     assert other.state[b]["step"] == 1
 
@@ -206,5 +321,8 @@ def test_a_fork_does_not_touch_the_pages(tmp_path: Path) -> None:
             os._exit(7 if "of which this one is a fork" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert (tmp_path / "lora_ops.pages").exists()
+    with pytest.raises(PagingError, match=f"is in use by process {os.getpid()}"):
+        paged(tmp_path)
     step(p, optimizer)
     optimizer.close()

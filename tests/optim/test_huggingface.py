@@ -24,6 +24,19 @@ def test_every_name_makes_its_optimizer() -> None:
         trainer_optimizer("sgd", lr=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ({"page_dir": "x"}, "page_dir: expected together with page_budget"),
+        ({"page_budget": 0}, "page_budget: expected a p"),
+    ],
+)
+def test_pages_of_an_unpaged_name_are_not_dropped(pages: dict[str, Any], message: str) -> None:
+    cls, kwargs = trainer_optimizer("adamw_8bit", lr=1e-3, **pages)
+    with pytest.raises(ValueError, match=message):
+        cls([nn.Parameter(torch.ones(3))], **kwargs)
+
+
 class Regression(nn.Module):
     """A model in the trainer's terms."""
 

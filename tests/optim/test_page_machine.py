@@ -64,12 +64,22 @@ class PageMachine(RuleBasedStateMachine):
         assert sorted(seen) == [(e, True) for e in sorted(extents)]
 
     @precondition(lambda self: self.model and not self.damaged)
-    @rule(data=st.data(), byte=st.integers(0, 255))
-    def overwrite(self, data: st.DataObject, byte: int) -> None:
-        for batch in self.pager.sweep(self.some(data), read=False):
+    @rule(data=st.data(), byte=st.integers(0, 255), stop_after=st.integers(0, 3))
+    def overwrite(self, data: st.DataObject, byte: int, stop_after: int) -> None:
+        """What an abandoned pass did not come to holds zeros or what it held; which of them, it holds for good."""
+        extents = self.some(data)
+        for i, batch in enumerate(sweep := self.pager.sweep(extents, read=False)):
+            if i == stop_after:
+                sweep.close()
+                break
             for e, frame in batch:
                 frame.fill_(byte)
                 self.model[e] = byte
+                extents.remove(e)
+        for batch in self.pager.sweep(extents, write=False):
+            for e, frame in batch:
+                self.model[e] = self.model[e] if frame.any() else 0
+                assert self.holds(e, frame)
 
     @precondition(lambda self: not self.damaged)
     @rule(keep=st.floats(0, 0.99))
@@ -144,4 +154,47 @@ def test_one_pass_at_a_time(tmp_path: object) -> None:
         next(pager.sweep([0]))
     first.close()
     assert [e for batch in pager.sweep([0, 1, 2]) for e, _ in batch]
+    pager.close()
+
+
+def test_a_read_that_is_refused_leaves_no_other_extents_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pager = Pager(FileTier(None, EXTENT), 1)
+    pager.allocate(2)
+    for batch in pager.sweep([0, 1]):
+        for e, frame in batch:
+            frame.fill_(e + 1)
+
+    def refuse(*_: object) -> None:
+        raise PagingError("refused")
+
+    for extent in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(pager.tier, "read", refuse)
+            with pytest.raises(PagingError, match="refused"):
+                list(pager.sweep([extent], write=False))
+        for batch in pager.sweep([extent], write=False):
+            assert [bool((frame == e + 1).all()) for e, frame in batch] == [True]
+    pager.close()
+
+
+def test_an_abandoned_overwrite_is_the_same_before_and_after_eviction() -> None:
+    """A frame that was emptied for an extent is its content from then on, though the caller never came to it."""
+    pager = Pager(FileTier(None, EXTENT), 4)
+    pager.allocate(8)
+    for batch in pager.sweep(range(8)):
+        for e, frame in batch:
+            frame.fill_(e + 1)
+    first, second = [e for e, page in enumerate(pager.table) if page.frame is None][:2]
+    sweep = pager.sweep([first, second], read=False)
+    next(sweep)
+    assert pager.table[second].frame is not None
+    sweep.close()
+
+    def content() -> int:
+        return next(int(frame[0]) for batch in pager.sweep([second], write=False) for _, frame in batch)
+
+    before = content()
+    list(pager.sweep([e for e in range(8) if e != second], write=False))
+    assert pager.table[second].frame is None
+    assert content() == before == 0
     pager.close()

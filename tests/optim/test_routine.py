@@ -25,11 +25,11 @@ def grads(step: int) -> list[Tensor]:
 class Twins:
     """The same parameters under two optimizers: one steps as it likes, the other under a trace, tensor by tensor."""
 
-    def __init__(self, **kwargs: int) -> None:
+    def __init__(self, pages: dict[str, int] | None = None, **kwargs: int) -> None:
         start = grads(1000)
         self.params = [[nn.Parameter(p.clone()) for p in start] for _ in range(2)]
         groups = [[{"params": ps[:2]}, {"params": ps[2:], "lr": 0.1, "weight_decay": 0.0}] for ps in self.params]
-        self.fast, self.slow = (AdamW(g, lr=1e-2, **kwargs) for g in groups)
+        self.fast, self.slow = AdamW(groups[0], lr=1e-2, **kwargs, **pages or {}), AdamW(groups[1], lr=1e-2, **kwargs)
         self.steps = 0
 
     def step(self, missing: int | None = None, transposed: bool = False) -> bool:
@@ -40,19 +40,16 @@ class Twins:
                 p.grad = None if i == missing else grad
             if transposed:
                 params[4].grad = grads(self.steps)[4].t()
-        used = []
-        routine = self.fast._routine
-        if routine is not None:
-            run = routine.table.run
-            routine.table.run = lambda *args: (used.append(1), run(*args))[1]  # type: ignore[method-assign, func-returns-value]
+        used: list[bool] = []
+        again = self.fast._step_again
+        self.fast._step_again = lambda routine: used.append(again(routine)) or used[-1]  # type: ignore[method-assign, func-returns-value]
         self.fast.step()
-        if routine is not None:
-            del routine.table.run  # type: ignore[attr-defined]
+        del self.fast._step_again  # type: ignore[method-assign]
         with lora_ops.trace() as trace:
             self.slow.step()
         assert trace.backends("adamw_") == {"native"}
         self.same()
-        return bool(used)
+        return used == [True]
 
     def same(self) -> None:
         for a, b in zip(*self.params, strict=True):
@@ -63,19 +60,33 @@ class Twins:
                 assert torch.equal(states[0][i][name], t), (i, name)
 
 
+PAGES = {
+    "no pages": None,
+    "resident": {"page_budget": 1 << 20, "extent_bytes": 16 << 10},
+    "streamed": {"page_budget": 12 << 10, "extent_bytes": 4096},
+}
+
+
+@pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES.keys())
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_routine_step_gives_the_same_bits(bits: int) -> None:
-    twins = Twins(state_bits=bits)
+def test_a_routine_step_gives_the_same_bits(bits: int, pages: dict[str, int] | None) -> None:
+    """With pages the tables follow the frames, which move from extent to extent."""
+    twins = Twins(state_bits=bits, pages=pages)
     assert [twins.step() for _ in range(6)] == [False, False, True, True, True, True]
     for optimizer in (twins.fast, twins.slow):
         optimizer.param_groups[0]["lr"] = 0.03
         optimizer.param_groups[1]["betas"] = (0.5, 0.9)
     assert twins.step()
+    if pages:
+        stats = twins.fast.paging_stats()
+        assert (stats.misses > 8 * stats.extents // 2) == (stats.extents * stats.extent_bytes > stats.budget)
+        twins.fast.close()
 
 
-def test_what_ends_a_routine() -> None:
-    """A gradient that is missing or strided, storage or dtype that changes, groups that grow, a loaded state."""
-    twins = Twins()
+@pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES.keys())
+def test_what_ends_a_routine(pages: dict[str, int] | None) -> None:
+    """A gradient that is missing or strided, storage or size that changes, groups that grow, a loaded state."""
+    twins = Twins(pages)
 
     def settle() -> None:
         for _ in range(2):
@@ -85,7 +96,7 @@ def test_what_ends_a_routine() -> None:
     settle()
     assert not twins.step(missing=1)
     assert not any(twins.step() for _ in range(4))  # parameter 1 is a step behind the other one of its group
-    twins = Twins()
+    twins = Twins(pages)
     settle()
     assert not twins.step(transposed=True)
     settle()
@@ -103,6 +114,24 @@ def test_what_ends_a_routine() -> None:
         optimizer.add_param_group({"params": [p]})
     assert not twins.step()
     assert torch.equal(*(o.param_groups[2]["params"][0] for o in (twins.fast, twins.slow)))
+
+
+def test_a_parameter_that_shrinks_in_place_ends_a_routine() -> None:
+    """Its address stays: the laid-out step would read behind the end of the gradient."""
+    storage = torch.arange(10_000.0)
+    p = nn.Parameter(storage)
+    optimizer = AdamW([p])
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer._routine is not None
+    rest = storage[5000:].clone()
+    p.grad = None
+    p.data = storage[:5000]
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="exp_avg: expected 5000 elements, got 10000"):
+        optimizer.step()
+    assert torch.equal(storage[5000:], rest)
 
 
 def test_gradients_are_not_kept_alive() -> None:
