@@ -35,6 +35,7 @@ namespace {
 
 constexpr int64_t kTileRows = 32, kTileColumns = kMaskColumns;
 constexpr int64_t kFewRows = 4;                // up to which forward_few is faster (by 2 at M = 1, rank 16, 4096)
+constexpr int64_t kFewRowsOfS = 8;             // the same where it computes S alone
 constexpr int64_t kPrefetchRows = 8;           // how far ahead rows of y are fetched
 constexpr int64_t kGroups = 8;                 // parts of the sum over n in dS, each of one thread
 constexpr int64_t kSuperRows = 8 * kTileRows;  // rows between two barriers of the backward
@@ -216,7 +217,8 @@ namespace {
 template <class VBF16, class V32>
 struct LoraEntry {
     static int forward(const LoraForward& f) {
-        if (f.m <= kFewRows) {
+        if (f.left && f.m <= kFewRowsOfS) return Lora<VBF16>::template forward_few<BF16>(f);
+        if (!f.left && f.m <= kFewRows) {
             if (f.dtype == LORA_OPS_F32) return Lora<V32>::template forward_few<float>(f);
             if (f.dtype == LORA_OPS_F16) return Lora<V32>::template forward_few<F16>(f);
             return Lora<V32>::template forward_few<BF16>(f);

@@ -5,11 +5,10 @@ namespace lora_ops {
 namespace {
 
 // The forward of a few rows, as in generation, where packing all of A and B would cost more than using them: S by dot
-// products with A as it stands, split by rank; then B a block of rows at a time.
+// products with A as it stands, split by rank; then, for single floats, B a block of rows at a time.
 template <class V>
 template <class T>
 int Lora<V>::forward_few(const LoraForward& f) {
-    static_assert(kPair == 1);
     const lora_ops_adapter& adapter = f.adapter;
     const int64_t n = adapter.n, k = adapter.k, r = adapter.r, lanes = round_up(r, kLanes);
     const int64_t k_padded = round_up(k, kTileColumns);
@@ -23,7 +22,7 @@ int Lora<V>::forward_few(const LoraForward& f) {
     };
     const auto place_few = [&](void* memory, Few& few) {
         Arena arena(memory);
-        few.x = arena.take<uint32_t>(f.m * k_padded);
+        few.x = arena.take<uint32_t>(f.m * k_padded / kPair);
         few.tile = arena.take<uint32_t>(kBlock * kTileElements);
         few.right = arena.take<uint32_t>(r * kBlock);
         return arena.used();
@@ -56,19 +55,19 @@ int Lora<V>::forward_few(const LoraForward& f) {
                 uint8_t bits[kMaskBytes];
                 if (drop) mask.row(i, bits);
                 V::pack_row(x + i * f.x_stride + c, std::min(kTileColumns, k - c), drop ? bits : nullptr,
-                            my.x + i * k_padded + c, kTileColumns);
+                            my.x + (i * k_padded + c) / kPair, kTileColumns);
             }
         }
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < r; ++j) {
-            typename V::F sums[kFewRows];
+            typename V::F sums[kFewRowsOfS];
             for (int64_t i = 0; i < f.m; ++i) sums[i] = V::zero();
             with_type(adapter.a, adapter.a_dtype, [&](auto* a) {
                 for (int64_t c = 0; c < k; c += kTileColumns) {
-                    const int64_t columns = std::min(kTileColumns, k - c), width = round_up(columns, 64);
+                    const int64_t columns = std::min(kTileColumns, k - c), width = round_up(columns, 64 * kPair);
                     V::pack_row(a + j * k + c, columns, nullptr, my.tile, width);
                     for (int64_t i = 0; i < f.m; ++i) {
-                        sums[i] = sums[i] + dot<V>(my.tile, my.x + i * k_padded + c, width);
+                        sums[i] = sums[i] + dot<V>(my.tile, my.x + (i * k_padded + c) / kPair, width / kPair);
                     }
                 }
             });
@@ -79,15 +78,17 @@ int Lora<V>::forward_few(const LoraForward& f) {
                 if (rounded) rounded[i * left_stride(r) + j] = round_to<T>(s * adapter.scale);
             }
         }
+        if constexpr (kPair == 1) {
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < (rounded ? 0 : n); first += kBlock) {
-            with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
-                for (int64_t c = 0; c < r; c += kTileColumns) {
-                    pack_summed_columns(b, n, r, first, kBlock, c, my.right + c * kBlock, kBlock, my.tile);
-                }
-            });
-            add_product(y + first, f.y_stride, f.m, 0, std::min(kBlock, n - first), r, left, lanes, my.right, kBlock,
-                        static_cast<const uint8_t*>(nullptr));
+            for (int64_t first = 0; first < (rounded ? 0 : n); first += kBlock) {
+                with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
+                    for (int64_t c = 0; c < r; c += kTileColumns) {
+                        pack_summed_columns(b, n, r, first, kBlock, c, my.right + c * kBlock, kBlock, my.tile);
+                    }
+                });
+                add_product(y + first, f.y_stride, f.m, 0, std::min(kBlock, n - first), r, left, lanes, my.right, kBlock,
+                            static_cast<const uint8_t*>(nullptr));
+            }
         }
     }
     return LORA_OPS_OK;
