@@ -27,6 +27,7 @@ ISAS: dict[str, dict[str, str]] = {
 def environment_of(policy: str, isa: str | None = None) -> dict[str, str]:
     """The child's environment: this one's without any policy's variables, with those of `policy` and of `isa`."""
     ours = {name for variables in POLICIES.values() for name in variables}
+    ours.add("OMP_WAIT_POLICY")  # make lets threads sleep, for tests on a busy machine; waking them costs 0.1 ms a call
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     # bitsandbytes downloads a kernel when it is imported on some CPUs; a benchmark must not depend on the network.
     return {"HF_HUB_OFFLINE": "1", **inherited, **POLICIES[policy], **(ISAS[isa] if isa else {})}
