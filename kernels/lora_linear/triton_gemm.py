@@ -74,7 +74,7 @@ def _low_rank_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _expand_kernel(
     t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, R, stride_lr, stride_ln,
     SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -93,7 +93,7 @@ def _expand_kernel(
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, K, R,
     stride_xm, stride_wk, stride_wn, stride_lr, stride_ln,

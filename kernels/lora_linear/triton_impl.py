@@ -30,6 +30,7 @@ from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
     Dropout,
+    padded_rank,
     reads_once,
     reduce_both,
     reduce_columns,
@@ -160,15 +161,18 @@ def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, 
 def gate() -> Iterator[GateCase]:
     """Every tile, with and without dropout; every dtype; tensors of more than 2^31 elements."""
     every, frozen_b = (True, True, True, True), (True, True, False, False)
-    cases = [(r, torch.bfloat16, p, every) for r in (16, 32, 64, 128, 256) for p in (0.0, 0.1)]
-    cases += [(r, torch.float32, 0.1, every) for r in (16, 64, 128, 256)]
+    aligned, odd = (16, 32, 64, 128, 256), (8, 24, 40, 100, 200)  # each tile, and each where R is no multiple of 16
+    cases = [(r, torch.bfloat16, p, every) for r in (*aligned, *odd) for p in (0.0, 0.1)]
+    cases += [(r, torch.float32, 0.1, every) for r in (8, 16, 64, 128, 200, 256)]
     cases += [(16, torch.float16, 0.1, every), (16, torch.bfloat16, 0.1, frozen_b)]
     for r, dtype, p, needs in cases:
-        mma = {}
+        mma, padded = {}, padded_rank(r)
         if dtype != torch.float32:
             mma = {
-                "_reduce_rows_kernel": Expect(mma=HMMA if r == 32 else MMA, wide="load" if r < 256 else ""),
-                "_reduce_columns_kernel": Expect(mma=MMA if r >= 64 else HMMA, wide="load" if r < 256 else ""),
+                "_reduce_rows_kernel": Expect(mma=HMMA if padded == 32 else MMA, wide="load" if padded < 256 else ""),
+                "_reduce_columns_kernel": Expect(
+                    mma=MMA if padded >= 64 else HMMA, wide="load" if padded < 256 else ""
+                ),
                 "_reduce_both_kernel": Expect(mma=HMMA, wide="load"),
                 "_expand_kernel": Expect(mma=MMA),  # 16-byte stores on NVIDIA, 8 bytes on gfx942, as its products lie
                 "_lora_gemm_kernel": Expect(mma=MMA, wide="load"),

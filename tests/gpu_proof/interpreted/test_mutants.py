@@ -87,7 +87,7 @@ def test_lora_linear_that_reads_twice(broken: Break, kernel: str, load: str) -> 
 
 
 COUNTER = "keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0,"
-LOAD_OF_T = "(rows < M)[:, None] & (ranks < R)[None, :],\n            other"
+LOAD_OF_T = "(rows < M)[:, None] & (ranks < limit)[None, :],\n            other"
 STORE_OF_Y = "acc.to(dtype), (rows < M)[:, None] & (columns < N)"
 GEMMS = "_expand_kernel|_lora_gemm_kernel"
 
