@@ -23,7 +23,7 @@ from bench.environment import ROOT, command_line, cpu_name, describe, slug
 from bench.files import write_json
 from bench.measure import Run, measure, one_line
 from bench.plan import Effort, Plan
-from bench.policies import POLICIES, environment_of
+from bench.policies import ISAS, POLICIES, environment_of
 from bench.report import run_from_dict, write_report
 from bench.suites import SUITES
 
@@ -57,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lora-tokens", type=_numbers, help="values of M for lora_linear")
     parser.add_argument("--ops", type=_ops, default=tuple(SUITES), help=f"of {', '.join(SUITES)}")
     parser.add_argument("--policy", choices=[*POLICIES, "both"], default="both", help="of the allocator")
+    parser.add_argument("--isa", choices=ISAS, help="keep lora_ops, torch and oneDNN to this instruction set")
     parser.add_argument("--output", type=Path, help="folder of the report; default bench/results/cpu/<cpu>/")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -110,12 +111,12 @@ def run_policy(name: str, args: argparse.Namespace) -> Run:
     return run
 
 
-def run_child(policy: str, argv: list[str]) -> tuple[Run, int]:
+def run_child(policy: str, argv: list[str], isa: str | None = None) -> tuple[Run, int]:
     """Measure one policy in a process of its own; what it wrote before a bad end is kept."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "run.json"
         command = [sys.executable, "-m", "bench", *argv, "--policy", policy, "--child", str(result)]
-        status = subprocess.run(command, cwd=ROOT, env=environment_of(policy), check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment_of(policy, isa), check=False).returncode
         run = run_from_dict(json.loads(result.read_text())) if result.exists() else Run(policy)
         if status:
             run.failures.append({"section": policy, "reason": f"the process ended with status {status}"})
@@ -130,10 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         run_policy(args.policy, args)
         return 0
     about = {**describe(), "command": command_line("bench", argv)}
-    folder = args.output or ROOT / "bench" / "results" / "cpu" / slug(cpu_name())
+    name = slug(cpu_name()) + (f"-{args.isa}" if args.isa else "")
+    folder = args.output or ROOT / "bench" / "results" / "cpu" / name
     runs = []
     for policy in POLICIES if args.policy == "both" else (args.policy,):
-        runs.append(run_child(policy, argv)[0])
+        runs.append(run_child(policy, argv, args.isa)[0])
         write_report(folder, about, runs)
     print(f"wrote {folder / 'report.md'}")
     for run in runs:

@@ -32,13 +32,17 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name; with its family and model where a hypervisor leaves nothing more than a brand."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
     match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-    return match.group(1).strip() if match else platform.machine()
+    name = match.group(1).strip() if match else platform.machine()
+    numbers = [re.search(rf"^{what}\s*:\s*(\d+)$", text, re.MULTILINE) for what in ("cpu family", "model")]
+    if re.search(r"\d", name) or not all(numbers):
+        return name
+    return "{} (family {}, model {})".format(name, *(number.group(1) for number in numbers if number))
 
 
 def slug(name: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_PATH = Path(__file__).with_name("_liblora_ops.so")
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 
@@ -43,6 +43,12 @@ class NF4Weight(Structure):
         ("nested_offset", c_float),
         ("block_size", c_int64),
     )
+
+
+class Weight(Structure):
+    """`lora_ops_weight`: a pointer into a tensor, which the caller keeps alive, or an NF4 weight."""
+
+    _fields_ = (("dense", c_void_p), ("stride", c_int64), ("nf4", NF4Weight))
 
 
 class Adapter(Structure):
@@ -74,12 +80,14 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_nf4_linear_dx": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_int64, c_int, c_int),
     "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
     "lora_ops_blockwise8_dequantize": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "lora_ops_takes_dense": (c_int,),
     "lora_ops_lora_forward": (
-        *(POINTER(Adapter), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int),
+        *(POINTER(Adapter), POINTER(Weight), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+        *(c_int, c_int),
     ),
     "lora_ops_lora_backward": (
-        *(POINTER(Adapter), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
-        *(c_void_p, c_void_p, c_void_p, c_int, c_int),
+        *(POINTER(Adapter), POINTER(Weight), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
+        *(c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int),
     ),
     "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
     "lora_ops_checksum": (c_void_p, c_int64, POINTER(c_uint64)),
@@ -293,10 +301,32 @@ def adapter(
     return Adapter(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
 
 
-def lora_forward(low_rank: Adapter, x: Tensor, s: Tensor, y: Tensor) -> None:
-    """s fp32 [M, R] = drop(x) Aᵀ and y [M, N] += scale · s Bᵀ; x and y have unit stride along their last dimension."""
+def takes_dense(dtype: torch.dtype) -> bool:
+    """Whether `lora_forward` and `lora_backward` take dense weights of this dtype with the instruction set in use."""
+    return bool(library().lora_ops_takes_dense(_DTYPES[dtype]))
+
+
+def dense_weight(weight: Tensor) -> Weight:
+    """The C view of a dense weight [N, K] with unit stride along K."""
+    return Weight(weight.data_ptr(), weight.stride(0), NF4Weight())
+
+
+def quantized_weight(weight: NF4Weight) -> Weight:
+    """An NF4 weight as `lora_forward` and `lora_backward` take it."""
+    return Weight(None, 0, weight)
+
+
+def lora_forward(
+    low_rank: Adapter, x: Tensor, s: Tensor, y: Tensor, weight: Weight | None = None, bias: Tensor | None = None
+) -> None:
+    """s fp32 [M, R] = drop(x) Aᵀ and y [M, N] = x Wᵀ + bias + scale · s Bᵀ.
+
+    Without a weight y holds x Wᵀ + bias already. x and y have unit stride along their last dimension.
+    """
     status = library().lora_ops_lora_forward(
         byref(low_rank),
+        None if weight is None else byref(weight),
+        _pointer(bias),
         x.data_ptr(),
         x.shape[0],
         x.stride(0),
@@ -314,19 +344,21 @@ def lora_backward(
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
+    weight: Weight | None = None,
     *,
     dx: Tensor | None = None,
     dlora_a: Tensor | None = None,
     dlora_b: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> None:
-    """With dS = scale · dY B: dx += drop(dS A), dlora_a = dSᵀ drop(x), dlora_b = scale · dYᵀ s, dbias = Σ_m dY.
+    """With dS = scale · dY B: dx = dY W + drop(dS A), dlora_a = dSᵀ drop(x), dlora_b = scale · dYᵀ s, dbias = Σ_m dY.
 
-    Outputs that are None are not computed. dy, x and dx have unit stride along their last dimension; the others are
-    contiguous.
+    Without a weight dx holds dY W already. Outputs that are None are not computed. dy, x and dx have unit stride along
+    their last dimension; the others are contiguous.
     """
     status = library().lora_ops_lora_backward(
         byref(low_rank),
+        None if weight is None else byref(weight),
         dy.data_ptr(),
         dy.shape[0],
         dy.stride(0),

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+MIN_CAPABILITY = (8, 0)  # Triton's own limit; bf16 matrix instructions, asynchronous copies
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -96,6 +98,9 @@ def interpreting() -> bool:
 
 def declines_device(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`, or None; for an op's `declines`."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return "triton kernels need compute capability 8.0"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"triton kernels run on cuda, not on {device.type}"

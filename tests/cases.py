@@ -172,6 +172,12 @@ def _strided(t: Tensor) -> Tensor:
     return view
 
 
+def in_wider_rows(inputs: LinearInputs) -> LinearInputs:
+    """The same with x and dY as columns of wider tensors, NaN beside them: unit stride, and gaps between rows."""
+    x, dy = (F.pad(t, (8, 24), value=math.nan)[..., 8:-24] for t in (inputs.x, inputs.dy))
+    return replace(inputs, x=x, dy=dy)
+
+
 def exact_weight(weight: Tensor | NF4Tensor) -> Tensor:
     """W in float64: code · absmax without rounding the product. Decoded apart from the library's own decoders."""
     if isinstance(weight, Tensor):

@@ -191,3 +191,20 @@ def test_without_a_native_library_everything_works_and_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'reference'}"
     assert "native library was not built" in done.stderr
+
+
+def test_triton_declines_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codecs, too: Triton itself compiles for capability 8.0 and later only."""
+    pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+    from lora_ops.quant.blockwise8 import triton_impl as blockwise8
+    from lora_ops.quant.nf4_codec import triton_impl as codec
+    from lora_ops.quant.nf4_linear import triton_impl as linear
+
+    with FakeTensorMode():
+        x = torch.empty(64, 64, device="cuda:0")
+    for capability, reason in (((7, 5), "triton kernels need compute capability 8.0"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert codec.declines("quantize_nf4", x, 64) == reason
+        assert codec.declines("dequantize_nf4", x, torch.bfloat16) == reason
+        assert blockwise8.declines("quantize_blockwise8", x, 64, True) == reason
+        assert linear.declines("nf4_linear", x) == reason

@@ -9,8 +9,8 @@
 
 #include "nf4.inl"
 #include "blockwise8.inl"
-#include "nf4_gemm.inl"
-#include "nf4_gemm_f32.inl"
+#include "gemm.inl"
+#include "gemm_f32.inl"
 #include "adamw.inl"
 
 namespace lora_ops {
@@ -259,7 +259,7 @@ struct Avx2Floats {
 
 }  // namespace
 
-const Nf4GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
+const GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
 
 const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>};
 

@@ -8,8 +8,8 @@
 #include "scalar.h"
 
 #include "nf4.inl"
-#include "nf4_gemm.inl"
-#include "nf4_gemm_f32.inl"
+#include "gemm.inl"
+#include "gemm_f32.inl"
 #include "blockwise8_avx512.inl"
 
 namespace lora_ops {
@@ -252,7 +252,7 @@ struct Avx512LookUp {
 
 }  // namespace
 
-const Nf4GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
+const GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>};
 

@@ -80,7 +80,7 @@ const Blockwise8Kernels& blockwise8_kernels() {
     return kPortableBlockwise8;
 }
 
-const Nf4GemmKernels& gemm_kernels() {
+const GemmKernels& gemm_kernels() {
 #if defined(LORA_OPS_X86)
     switch (current_isa()) {
         case LORA_OPS_ISA_AVX2: return kAvx2Gemm;
@@ -143,13 +143,21 @@ bool is_valid(const lora_ops_nf4_weight* w) {
     return w->packed && (w->absmax || nested);
 }
 
-int nf4_gemm(const Nf4Gemm& g, int n_threads) {
+}  // namespace
+
+bool gemm_fuses(const Gemm& g) {
+    const GemmKernels& isa = gemm_kernels();
+    return isa.fuses && isa.fuses(g);
+}
+
+int run_gemm(const Gemm& g, int n_threads) {
     if (g.n < 0 || g.k < 0 || g.m < 0 || n_threads < 1 || !is_dtype(g.dtype)) return LORA_OPS_BAD_ARGUMENT;
     if (g.m == 0 || g.columns == 0) return LORA_OPS_OK;
     if (!g.out || (g.m > 1 && g.stride_out < g.columns)) return LORA_OPS_BAD_ARGUMENT;
-    if (g.depth > 0 && (!g.a || !is_valid(&g.w))) return LORA_OPS_BAD_ARGUMENT;
-    const Nf4GemmKernels& isa = gemm_kernels();
-    const Nf4GemmPlan plan = isa.plan(g, n_threads);
+    if (g.depth > 0 && (!g.a || (!g.dense && !is_valid(&g.w)))) return LORA_OPS_BAD_ARGUMENT;
+    if ((g.dense || g.low_rank) && !gemm_fuses(g)) return LORA_OPS_BAD_ARGUMENT;
+    const GemmKernels& isa = gemm_kernels();
+    const GemmPlan plan = isa.plan(g, n_threads);
     const int64_t useful = g.n * g.k / kElementsPerThread + 1;
     const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
     thread_local Scratch shared_scratch;
@@ -168,6 +176,8 @@ int nf4_gemm(const Nf4Gemm& g, int n_threads) {
     }
     return has_memory.load(std::memory_order_relaxed) ? LORA_OPS_OK : LORA_OPS_NO_MEMORY;
 }
+
+namespace {
 
 void make_search(Blockwise8Code& code) {
     for (int i = 0; i < 255; ++i) {
@@ -344,14 +354,14 @@ int lora_ops_nf4_linear(const lora_ops_nf4_weight* w, int64_t n, int64_t k, cons
                         const void* bias, void* y, int64_t stride_y, int dtype, int n_threads) {
     if (!w) return LORA_OPS_BAD_ARGUMENT;
     const auto type = static_cast<lora_ops_dtype>(dtype);
-    return nf4_gemm({*w, n, k, x, m, stride_x, bias, y, stride_y, type, false, n, k}, n_threads);
+    return run_gemm({*w, n, k, x, m, stride_x, bias, y, stride_y, type, false, n, k}, n_threads);
 }
 
 int lora_ops_nf4_linear_dx(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* dy, int64_t m,
                            int64_t stride_dy, void* dx, int64_t stride_dx, int dtype, int n_threads) {
     if (!w) return LORA_OPS_BAD_ARGUMENT;
     const auto type = static_cast<lora_ops_dtype>(dtype);
-    return nf4_gemm({*w, n, k, dy, m, stride_dy, nullptr, dx, stride_dx, type, true, k, n}, n_threads);
+    return run_gemm({*w, n, k, dy, m, stride_dy, nullptr, dx, stride_dx, type, true, k, n}, n_threads);
 }
 
 int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map, uint8_t* codes,

@@ -1,4 +1,4 @@
-// A product of activations and an NF4 weight, and how one instruction set cuts it into tasks.
+// A product of activations and a frozen weight, and how one instruction set cuts it into tasks.
 #pragma once
 
 #include <stdint.h>
@@ -7,9 +7,19 @@
 
 namespace lora_ops {
 
-// y [M, N] = x [M, K] Wᵀ + bias, or, when dx, dX [M, K] = dY [M, N] W. W [N, K] stays packed.
+// What a low-rank update adds to a product before its one rounding, where the bits say so.
+struct LowRank {
+    const void* left;  // [m, rank] in the product's dtype, with zeros up to a multiple of 32
+    int64_t stride_left, rank;
+    const void* right;  // y: B [N, rank]; dX: A [rank, K]; contiguous
+    int right_dtype;
+    const uint8_t* bits;  // rows of stride_bits bytes, for multiples of 64 columns, the lowest bit first; or NULL: all
+    int64_t stride_bits;
+};
+
+// y [M, N] = x [M, K] Wᵀ + bias, or, when dx, dX [M, K] = dY [M, N] W. W [N, K] stays as it is.
 // a is x or dY, out is y or dX; both have rows of their own stride and columns that follow each other.
-struct Nf4Gemm {
+struct Gemm {
     lora_ops_nf4_weight w;
     int64_t n, k;
     const void* a;
@@ -21,11 +31,14 @@ struct Nf4Gemm {
     bool dx;
     int64_t columns;  // of out: N, or K with dx
     int64_t depth;    // terms of each sum: K, or N with dx
+    const void* dense = nullptr;  // W in a's dtype, in the place of w; where GemmKernels::fuses
+    int64_t stride_dense = 0;
+    const LowRank* low_rank = nullptr;  // likewise
 };
 
 // Tasks write disjoint parts of out and may run in any order, on any thread. Which terms are added to which, and in
 // which order, depends on the shape alone: results do not change with the number of threads.
-struct Nf4GemmPlan {
+struct GemmPlan {
     int64_t tasks;
     int64_t task_rows;      // of out; the rest of a task's extent is up to the kernel
     int64_t scratch_bytes;  // of each thread
@@ -33,15 +46,22 @@ struct Nf4GemmPlan {
     bool dot;               // the kernel for a few rows
 };
 
-struct Nf4GemmKernels {
-    Nf4GemmPlan (*plan)(const Nf4Gemm& g, int n_threads);
-    void (*prepare)(const Nf4Gemm& g, const Nf4GemmPlan& plan, char* shared);  // once, before the tasks; or NULL
-    void (*task)(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char* shared, char* scratch);
+struct GemmKernels {
+    GemmPlan (*plan)(const Gemm& g, int n_threads);
+    void (*prepare)(const Gemm& g, const GemmPlan& plan, char* shared);  // once, before the tasks; or NULL
+    void (*task)(const Gemm& g, const GemmPlan& plan, int64_t task, const char* shared, char* scratch);
+    bool (*fuses)(const Gemm& g) = nullptr;  // whether it may have a dense weight and a low-rank update; or NULL: never
 };
 
-extern const Nf4GemmKernels kPortableGemm;
-extern const Nf4GemmKernels kAvx2Gemm;
-extern const Nf4GemmKernels kAvx512Gemm;
-extern const Nf4GemmKernels kAvx512Bf16Gemm;
+// Runs it on the instruction set in use; a lora_ops_status.
+int run_gemm(const Gemm& g, int n_threads);
+
+// Whether the instruction set in use can do this product with a dense weight or a low-rank update.
+bool gemm_fuses(const Gemm& g);
+
+extern const GemmKernels kPortableGemm;
+extern const GemmKernels kAvx2Gemm;
+extern const GemmKernels kAvx512Gemm;
+extern const GemmKernels kAvx512Bf16Gemm;
 
 }  // namespace lora_ops

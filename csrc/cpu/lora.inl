@@ -34,9 +34,9 @@ namespace lora_ops {
 namespace {
 
 constexpr int64_t kTileRows = 32, kTileColumns = kMaskColumns;
+constexpr int64_t kFewRows = 4;                // up to which forward_few is faster (by 2 at M = 1, rank 16, 4096)
 constexpr int64_t kPrefetchRows = 8;           // how far ahead rows of y are fetched
 constexpr int64_t kGroups = 8;                 // parts of the sum over n in dS, each of one thread
-constexpr int64_t kFewRows = 4;                // up to which forward_few is faster (by 2 at M = 1, rank 16, 4096)
 constexpr int64_t kSuperRows = 8 * kTileRows;  // rows between two barriers of the backward
 
 inline int thread_number() {

@@ -3,27 +3,17 @@
 
 #include <immintrin.h>
 
+#include "load_avx512.inl"
 #include "lora.inl"
 #include "philox_avx512.inl"
 
 namespace lora_ops {
 namespace {
 
-inline __mmask16 first16(int64_t n) {
-    return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : static_cast<__mmask16>((1u << n) - 1);
-}
-
 inline __mmask16 kept16(int64_t n, const uint8_t* bits, int64_t column) {
     uint16_t kept = 0xffff;
     if (bits) memcpy(&kept, bits + column / 8, sizeof kept);
     return first16(n - column) & kept;
-}
-
-// Elements that the mask does not keep are zero, and are not read.
-inline __m512 load16(const float* x, __mmask16 kept) { return _mm512_maskz_loadu_ps(kept, x); }
-inline __m512 load16(const F16* x, __mmask16 kept) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(kept, x)); }
-inline __m512 load16(const BF16* x, __mmask16 kept) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
 }
 
 inline void store16(float* x, __mmask16 kept, __m512 v) { _mm512_mask_storeu_ps(x, kept, v); }

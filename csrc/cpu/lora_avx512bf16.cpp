@@ -17,14 +17,6 @@ inline __mmask32 kept32(int64_t n, const uint8_t* bits, int64_t column) {
     return left >= 32 ? kept : left <= 0 ? 0 : kept & ((1u << left) - 1);
 }
 
-inline __m512i load32(const BF16* x, __mmask32 kept) { return _mm512_maskz_loadu_epi16(kept, x); }
-template <class T>
-inline __m512i load32(const T* x, __mmask32 kept) {
-    const __m512 low = load16(x, static_cast<__mmask16>(kept));
-    const __m512 high = load16(x + 16, static_cast<__mmask16>(kept >> 16));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
 struct Avx512Bf16 : Avx512Float {
     static constexpr int kPair = 2;
 

@@ -10,7 +10,8 @@ int Lora<V>::backward(const LoraBackward& g) {
     const lora_ops_adapter& adapter = g.adapter;
     const int64_t n = adapter.n, k = adapter.k, r = adapter.r, m_all = g.m, lanes = round_up(r, kLanes);
     const int64_t n_padded = round_up(n, kBlock), k_padded = round_up(k, kBlock);
-    const bool drop = adapter.threshold > 0, needs_ds = g.da || g.dx, needs_sums = g.db || g.dbias;
+    const bool drop = adapter.threshold > 0, adds = g.dx && !g.left;
+    const bool needs_ds = g.da || g.dx || g.left, needs_sums = g.db || g.dbias;
     // A last row of ones beside S turns the product that gives dB into one that gives dbias, too.
     const int64_t b_rows = (g.db ? r : 0) + (g.dbias ? 1 : 0), b_lanes = round_up(b_rows, kLanes);
     const int64_t tiles_n = (n + kTileColumns - 1) / kTileColumns, groups = std::min(kGroups, tiles_n);
@@ -24,7 +25,7 @@ int Lora<V>::backward(const LoraBackward& g) {
     char* scratches;
     const auto place = [&](void* memory) {
         Arena arena(memory);
-        a_panel = arena.take<uint32_t>(g.dx ? elements(r) * k_padded : 0);       // [R, K]
+        a_panel = arena.take<uint32_t>(adds ? elements(r) * k_padded : 0);       // [R, K]
         b_panel = arena.take<uint32_t>(needs_ds ? elements(n) * lanes : 0);      // [N, R]
         s_left = arena.take<uint32_t>(kSuperRows / kPair * b_lanes);             // [rows, R]
         ds_left = arena.take<uint32_t>(kSuperRows * lanes / kPair);              // [rows, R], pairs along R
@@ -44,7 +45,7 @@ int Lora<V>::backward(const LoraBackward& g) {
         Scratch my;
         my.place(scratches + scratch_bytes * static_cast<size_t>(thread_number()), std::max(lanes, b_lanes));
         typename V::Mask mask(mask_key(adapter));
-        if (g.dx) {
+        if (adds) {
 #pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < elements(r); ++p) {
                 with_type(adapter.a, adapter.a_dtype,
@@ -124,9 +125,11 @@ int Lora<V>::backward(const LoraBackward& g) {
                     }
                     my.sums[i] = sum * (adapter.scale * keep_scale(adapter));
                 }
-                for (int64_t i = 0; i < padded_rows; ++i) {
-                    V::pack_row(my.sums + i * lanes, i < rows ? r : 0, nullptr, ds_left + (m + i) * lanes / kPair,
-                                lanes);
+                const int64_t stride = g.left ? left_stride(r) : lanes;
+                uint32_t* const left = (g.left ? static_cast<uint32_t*>(g.left) + m0 * stride / kPair : ds_left);
+                for (int64_t i = 0; i < (g.left ? rows : padded_rows); ++i) {
+                    V::pack_row(my.sums + i * lanes, i < rows ? r : 0, nullptr, left + (m + i) * stride / kPair,
+                                stride);
                 }
                 for (int64_t i = 0; i < rows; i += kPair) {
                     pack_together(my.sums + i * lanes, lanes, rows - i, r, nullptr, ds_pairs + (m + i) / kPair * lanes,
@@ -142,7 +145,12 @@ int Lora<V>::backward(const LoraBackward& g) {
                     for (int64_t i = kTileRows; i < std::min(2 * kTileRows, rows_all - m); ++i) {
                         if (g.da) prefetch(x + (m0 + m + i) * g.x_stride + c, columns);
                     }
-                    for (int64_t i = 0; drop && i < rows; ++i) mask.row(m0 + m + i, my.bits + i * kMaskBytes);
+                    for (int64_t i = 0; drop && i < rows; ++i) {
+                        mask.row(m0 + m + i, my.bits + i * kMaskBytes);
+                        if (!g.bits) continue;
+                        memcpy(g.bits + (m0 + m + i) * g.bits_stride + c / 8, my.bits + i * kMaskBytes,
+                               std::min<int64_t>(kMaskBytes, g.bits_stride - c / 8));
+                    }
                     if (g.da) {
                         for (int64_t i = 0; i < rows; i += kPair) {
                             pack_together(x + (m0 + m + i) * g.x_stride + c, g.x_stride, rows - i, columns,
@@ -154,7 +162,7 @@ int Lora<V>::backward(const LoraBackward& g) {
                                    ds_pairs + m / kPair * lanes, Fixed<1>(), lanes, my.pairs, kPairsRow, da_sums + c,
                                    k_padded, m0 + m > 0);
                     }
-                    if (g.dx) {
+                    if (adds) {
                         // [rows, R] @ [R, K] -> [rows, K]
                         add_product(dx + (m0 + m) * g.dx_stride, g.dx_stride, rows, c, c + columns, elements(r),
                                     ds_left + m * lanes / kPair, lanes / kPair, a_panel, k_padded,

@@ -42,6 +42,8 @@ int Lora<V>::forward_few(const LoraForward& f) {
     if (!memory) return LORA_OPS_NO_MEMORY;
     place(memory);
     memset(left, 0, static_cast<size_t>(round_up(f.m, 4) * lanes) * sizeof *left);
+    T* const rounded = static_cast<T*>(f.left);
+    if (rounded) memset(rounded, 0, static_cast<size_t>(f.m * left_stride(r)) * sizeof *rounded);
 
 #pragma omp parallel num_threads(f.n_threads)
     {
@@ -74,10 +76,11 @@ int Lora<V>::forward_few(const LoraForward& f) {
                 const float s = sum_of_lanes<V>(sums[i]) * keep;
                 f.s[i * r + j] = s;
                 left[i * lanes + j] = float_bits(s * adapter.scale);
+                if (rounded) rounded[i * left_stride(r) + j] = round_to<T>(s * adapter.scale);
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < n; first += kBlock) {
+        for (int64_t first = 0; first < (rounded ? 0 : n); first += kBlock) {
             with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
                 for (int64_t c = 0; c < r; c += kTileColumns) {
                     pack_summed_columns(b, n, r, first, kBlock, c, my.right + c * kBlock, kBlock, my.tile);
@@ -110,7 +113,7 @@ int Lora<V>::forward(const LoraForward& f) {
     const auto place = [&](void* memory) {
         Arena arena(memory);
         a_panel = arena.take<uint32_t>(elements(k) * lanes);
-        b_panel = arena.take<uint32_t>(elements(r) * n_padded);
+        b_panel = arena.take<uint32_t>(f.left ? 0 : elements(r) * n_padded);
         scratches = arena.take<char>(static_cast<int64_t>(scratch_bytes) * f.n_threads);
         return arena.used();
     };
@@ -133,7 +136,7 @@ int Lora<V>::forward(const LoraForward& f) {
             });
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < n_padded; i += kTileRows) {
+        for (int64_t i = 0; i < (f.left ? 0 : n_padded); i += kTileRows) {
             with_type(adapter.b, adapter.b_dtype, [&](auto* b) {
                 for (int64_t c = 0; c < r; c += kTileColumns) {
                     pack_summed_columns(b, n, r, i, kTileRows, c, b_panel + c / kPair * n_padded + i, n_padded,
@@ -164,6 +167,14 @@ int Lora<V>::forward(const LoraForward& f) {
                     f.s[(m + i) * r + j] = s;
                     my.sums[i * lanes + j] = s * adapter.scale;
                 }
+            }
+            if (f.left) {
+                const int64_t stride = left_stride(r);
+                uint32_t* const left = static_cast<uint32_t*>(f.left) + m * stride / kPair;
+                for (int64_t i = 0; i < rows; ++i) {
+                    V::pack_row(my.sums + i * lanes, r, nullptr, left + i * stride / kPair, stride);
+                }
+                continue;
             }
             for (int64_t i = 0; i < padded_rows; ++i) {
                 V::pack_row(my.sums + i * lanes, r, nullptr, my.left + i * lanes / kPair, lanes);

@@ -8,8 +8,8 @@
 
 #include "nf4.inl"
 #include "blockwise8.inl"
-#include "nf4_gemm.inl"
-#include "nf4_gemm_f32.inl"
+#include "gemm.inl"
+#include "gemm_f32.inl"
 #include "adamw.inl"
 
 namespace lora_ops {
@@ -92,7 +92,7 @@ struct PortableFloats {
 
 }  // namespace
 
-const Nf4GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
+const GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>};
 

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised with every change that an older caller would not survive; lora_ops/_native.py holds the same number. */
-#define LORA_OPS_ABI_VERSION 1
+#define LORA_OPS_ABI_VERSION 2
 
 typedef enum {
     LORA_OPS_OK = 0,
@@ -54,6 +54,14 @@ typedef struct {
     float nested_offset;
     int64_t block_size; /* a multiple of 32 */
 } lora_ops_nf4_weight;
+
+/* A frozen weight W [n, k]: NF4, or, where dense is not NULL, dense in the activations' dtype with rows stride elements
+ * apart. */
+typedef struct {
+    const void* dense;
+    int64_t stride;
+    lora_ops_nf4_weight nf4;
+} lora_ops_weight;
 
 /* The low-rank part of a linear layer. Element (m, k) of its input is kept if Philox 4x32-10 with key seed and counter
  * (k / 8, m, offset, 0) gives it a 16-bit lane of at least threshold (0: no dropout), and then scaled so that the mean
@@ -120,16 +128,24 @@ LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t
 LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
                                                 int64_t block_size, const float* map, float* out, int n_threads);
 
-/* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] += scale s Bᵀ. x and y are of dtype, their rows stride_x and stride_y
- * elements apart. A and B may be rounded to dtype as operands; sums are fp32. Scratch is kept until the thread ends. */
-LORA_OPS_API int lora_ops_lora_forward(const lora_ops_adapter* adapter, const void* x, int64_t m, int64_t stride_x,
-                                       float* s, void* y, int64_t stride_y, int dtype, int n_threads);
+/* Whether the two functions that follow take dense weights of this dtype here: 1 or 0. */
+LORA_OPS_API int lora_ops_takes_dense(int dtype);
 
-/* With ds = scale dy B: dx [m, k] += drop(ds A), da [r, k] = dsᵀ drop(x) and db [n, r] = scale dyᵀ s of A's and B's
- * dtypes, dbias [n] = sum of dy's rows. A null output is not computed; x serves da only, s db only. */
-LORA_OPS_API int lora_ops_lora_backward(const lora_ops_adapter* adapter, const void* dy, int64_t m, int64_t stride_dy,
-                                        const void* x, int64_t stride_x, const float* s, void* dx, int64_t stride_dx,
-                                        void* da, void* db, void* dbias, int dtype, int n_threads);
+/* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] = x Wᵀ + bias + scale s Bᵀ; without a weight y holds x Wᵀ + bias already. x,
+ * y and bias (or NULL) are of dtype, rows of x and y stride_x and stride_y elements apart. A, B and scale s may be rounded
+ * to dtype as operands; sums are fp32, and with a bfloat16 product of W they are rounded once. Scratch is kept until the
+ * thread ends. */
+LORA_OPS_API int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight* weight,
+                                       const void* bias, const void* x, int64_t m, int64_t stride_x, float* s, void* y,
+                                       int64_t stride_y, int dtype, int n_threads);
+
+/* With ds = scale dy B: dx [m, k] = dy W + drop(ds A), or without a weight dx += drop(ds A); da [r, k] = dsᵀ drop(x) and
+ * db [n, r] = scale dyᵀ s of A's and B's dtypes, dbias [n] = sum of dy's rows. A null output is not computed; x serves da
+ * only, s db only. */
+LORA_OPS_API int lora_ops_lora_backward(const lora_ops_adapter* adapter, const lora_ops_weight* weight, const void* dy,
+                                        int64_t m, int64_t stride_dy, const void* x, int64_t stride_x, const float* s,
+                                        void* dx, int64_t stride_dx, void* da, void* db, void* dbias, int dtype,
+                                        int n_threads);
 
 /* Rows [first_row, first_row + rows) of the mask: bit j of byte i of a row's ceil(k / 8) belongs to column 8 i + j. */
 LORA_OPS_API int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, int64_t first_row,

@@ -1,14 +1,14 @@
 """Linear layer with a low-rank update on the CPU: base products by torch's GEMM or the NF4 kernels, the rest by csrc.
 
-The base product is rounded once to the activations' dtype; one call of the C library then computes S and adds the
-low-rank term row by row, in float32, while rows of S are in the cache. The backward is one call after dY W: it reads
-dY once for dS, dB and db, and x once for dA, and adds to dX as it goes. The formulas are those of reference.py.
+Where the C library multiplies with W in bfloat16 (NF4 or dense, on AVX-512-BF16), the low-rank term is R more terms of
+the same sums. Elsewhere it is added row by row, in float32, to a product that was rounded before. The backward reads dY
+once for dS, dB and db, and x once for dA, besides the product with W. The formulas are those of reference.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lora_ops import _native
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4_codec import native_impl as codec
 from lora_ops.quant.nf4_linear import native_impl as nf4
 from lora_ops.quant.nf4_linear.reference import as_matrix
 
@@ -35,6 +36,15 @@ def _adapter(a: Tensor, b: Tensor, scale: Tensor, dropout_p: float, seed: Tensor
     return _native.adapter(a, b, float(scale), threshold(dropout_p), int(seed))
 
 
+def _weight(weight: Tensor | NF4Tensor) -> _native.Weight | None:
+    """The weight as the C library multiplies it, or None where torch does."""
+    if isinstance(weight, NF4Tensor):
+        return _native.quantized_weight(codec.weight_of(weight))
+    if weight.stride(1) == 1 and _native.takes_dense(weight.dtype):
+        return _native.dense_weight(weight)
+    return None
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Tensor,
@@ -47,10 +57,12 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
     x2, a, b = _rows(x), lora_a.contiguous(), lora_b.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    w = _weight(weight)
     # [M, K] @ [K, N] -> [M, N]
-    y = nf4.nf4_linear(x2, weight, bias) if isinstance(weight, NF4Tensor) else linear(x2, weight, bias)
+    y = x2.new_empty(x2.shape[0], b.shape[0]) if w else linear(x2, cast(Tensor, weight), bias)
     s = torch.empty(x2.shape[0], a.shape[0], dtype=torch.float32)
-    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y)
+    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
     if x.dim() == 2:
         return y, s
     return y.view(*x.shape[:-1], b.shape[0]), s.view(*x.shape[:-1], a.shape[0])
@@ -71,10 +83,11 @@ def lora_linear_backward(
     """dX, dA, dB and db, None where `needs` says so."""
     needs_x, needs_a, needs_b, needs_bias = needs
     dy2, a, b = _rows(dy), lora_a.contiguous(), lora_b.contiguous()
+    w = _weight(weight) if needs_x else None
     dx = None
     if needs_x:
         # [M, N] @ [N, K] -> [M, K]
-        dx = nf4.nf4_linear_dx(dy2, weight) if isinstance(weight, NF4Tensor) else dy2 @ weight
+        dx = dy2.new_empty(dy2.shape[0], a.shape[1]) if w else dy2 @ cast(Tensor, weight)
     da = torch.empty_like(a) if needs_a else None
     db = torch.empty_like(b) if needs_b else None
     dbias = dy.new_empty(b.shape[0]) if needs_bias else None
@@ -83,6 +96,7 @@ def lora_linear_backward(
         dy2,
         _rows(x) if needs_a and x is not None else None,
         s.contiguous() if needs_b and s is not None else None,
+        w,
         dx=dx,
         dlora_a=da,
         dlora_b=db,

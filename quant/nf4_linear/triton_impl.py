@@ -23,7 +23,6 @@ from lora_ops.quant.nf4_codec import triton_impl as codec
 from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)  # bf16 matrix instructions, asynchronous copies
 
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
@@ -77,9 +76,6 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if lead.dtype not in DTYPES:
         return f"triton kernels have no {dtype_name(lead.dtype)}"
-    cuda = lead.device.type == "cuda" and torch.version.hip is None
-    if cuda and torch.cuda.get_device_capability(lead.device) < MIN_CAPABILITY:
-        return "triton kernels need compute capability 8.0"
     return declines_device(lead.device)
 
 

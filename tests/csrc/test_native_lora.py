@@ -14,7 +14,9 @@ from torch import Tensor
 
 import lora_ops
 from lora_ops import _native
+from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale, threshold
+from lora_ops.quant.nf4_codec import native_impl as codec
 from tests.cases import LinearCase, assert_right, run_ours
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +71,7 @@ class Operands:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     p: float
+    weight: str | None = None  # "dense" or "nf4": the products with W are computed too, and y has a bias
 
     def __post_init__(self) -> None:
         g = torch.Generator().manual_seed(self.m + 3 * self.n + 7 * self.k + self.r)
@@ -81,16 +84,26 @@ class Operands:
         self.a = (randn(self.r, self.k) / self.k**0.5).to(self.adapter_dtype)
         self.b = (randn(self.n, self.r) / self.r**0.5).to(self.adapter_dtype)
         self.scale = 1.5
+        self.w, self.bias = (randn(self.n, self.k) / self.k**0.5).to(self.dtype), randn(self.n).to(self.dtype)
+        self.q = quantize_nf4(self.w)
+        if self.weight == "nf4":
+            self.w = dequantize_nf4(self.q)
 
     def run(self) -> dict[str, Tensor]:
         """Every result, from guarded inputs and outputs."""
         low_rank = _native.adapter(self.a, self.b, self.scale, threshold(self.p), SEED)
         x, dy, y, dx = (guarded(t) for t in (self.x, self.dy, self.y, self.dx))
         s = torch.full((self.m, self.r), torch.nan)
-        _native.lora_forward(low_rank, x, s, y)
+        weight, bias = None, None
+        if self.weight:  # outputs are written, not added to
+            y[:], dx[:], bias = torch.nan, torch.nan, self.bias
+            dense = self.weight == "dense"
+            w = guarded(self.w)
+            weight = _native.dense_weight(w) if dense else _native.quantized_weight(codec.weight_of(self.q))
+        _native.lora_forward(low_rank, x, s, y, weight, bias)
         da, db = torch.full_like(self.a, torch.nan), torch.full_like(self.b, torch.nan)
         dbias = torch.full((self.n,), torch.nan, dtype=self.dtype)
-        _native.lora_backward(low_rank, dy, x, s, dx=dx, dlora_a=da, dlora_b=db, dbias=dbias)
+        _native.lora_backward(low_rank, dy, x, s, weight, dx=dx, dlora_a=da, dlora_b=db, dbias=dbias)
         results = {"s": s, "y": y.clone(), "dx": dx.clone(), "da": da, "db": db, "dbias": dbias}
         for view, before in ((x, self.x), (dy, self.dy)):
             assert torch.equal(view.nan_to_num(), before.nan_to_num())
@@ -105,6 +118,9 @@ class Operands:
         mask = torch.ones(self.m, self.k, dtype=torch.float64)
         if self.p:
             mask = dropout_mask(slice(0, self.m), self.k, self.p, torch.tensor(SEED)) * keep_scale(self.p)
+        if self.weight:
+            for t in (exact, squares):
+                t["y"], t["dx"] = t["x"] @ t["w"].T + t["bias"], t["dy"] @ t["w"]
         truth = self._formulas(exact, mask, self.scale)
         magnitude = self._formulas(squares, mask**2, self.scale**2)
         u = torch.finfo(self.dtype).eps / 2
@@ -147,6 +163,54 @@ def test_against_float64(
     operands.check(operands.run())
 
 
+@given(
+    m=st.one_of(st.integers(0, 20), st.integers(21, 150)),
+    n=st.integers(1, 300),
+    k=st.integers(1, 600),
+    r=st.one_of(st.integers(1, 20), st.integers(21, 130)),
+    dtype=st.sampled_from(DTYPES),
+    adapter_dtype=st.sampled_from(DTYPES),
+    p=st.sampled_from([0.0, 0.3, 1.0]),
+    weight=st.sampled_from(["dense", "nf4"]),
+)
+@settings(max_examples=40)
+def test_products_with_the_weight(
+    isa: str,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    p: float,
+    weight: str,
+) -> None:
+    """Of bfloat16 the low-rank term is added to the sums of the product: rounded once."""
+    if weight == "dense" and not _native.takes_dense(dtype):
+        weight = "nf4"
+    operands = Operands(m, n, k, r, dtype, adapter_dtype, p, weight)
+    operands.check(operands.run())
+
+
+def test_a_dense_weight_that_is_not_taken_is_refused(isa: str) -> None:
+    o = Operands(20, 30, 40, 4, torch.float32, torch.float32, 0.0)
+    assert not _native.takes_dense(o.dtype)
+    low_rank, weight = _native.adapter(o.a, o.b, o.scale), _native.dense_weight(o.w)
+    with pytest.raises(_native.NativeError, match="lora_forward: refused its arguments"):
+        _native.lora_forward(low_rank, o.x, torch.empty(o.m, o.r), o.y, weight)
+
+
+def test_the_sum_of_both_products_is_rounded_once() -> None:
+    """The low-rank term takes away the product itself, rounded: what is left is what rounding that first would lose."""
+    if not _native.takes_dense(torch.bfloat16):
+        pytest.skip("no bfloat16 product of the library's own here; run on a machine with AVX-512 BF16 and without AMX")
+    x, w = torch.randn(30, 64).bfloat16(), torch.randn(2, 64).bfloat16()
+    y, s, b = torch.full((30, 2), torch.nan, dtype=torch.bfloat16), torch.empty(30, 2), -0.5 * torch.eye(2)
+    _native.lora_forward(_native.adapter(w, b, 2.0), x, s, y, _native.dense_weight(w))
+    assert torch.allclose(y.float(), s - s.bfloat16().float(), rtol=0.02, atol=1e-4)
+    assert y.abs().max() > 4e-3
+
+
 @pytest.mark.parametrize("r", [1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 65, 127, 128, 129, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks(isa: str, dtype: torch.dtype, r: int) -> None:
@@ -163,8 +227,13 @@ def test_many_rows_and_columns(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 4096, 1000, 16), (600, 1300, 300, 5), (70, 257, 600, 64)])
-def test_any_thread_count_gives_the_same_bits(isa: str, dtype: torch.dtype, m: int, n: int, k: int, r: int) -> None:
-    operands = Operands(m, n, k, r, dtype, torch.float32, 0.1)
+@pytest.mark.parametrize("weight", [None, "dense", "nf4"])
+def test_any_thread_count_gives_the_same_bits(
+    isa: str, weight: str | None, dtype: torch.dtype, m: int, n: int, k: int, r: int
+) -> None:
+    if weight == "dense" and not _native.takes_dense(dtype):
+        weight = None
+    operands = Operands(m, n, k, r, dtype, torch.float32, 0.1, weight)
     results = []
     for threads in (1, 2, 3, 2):
         # Not torch.set_num_threads: torch itself then keeps its pool.

@@ -1,4 +1,4 @@
-"""What lora_linear moves, counted: bytes of each kernel in Triton's interpreter, and passes against the peers'.
+"""What lora_linear moves and saves, counted: bytes of each kernel in the interpreter, passes against the peers'.
 
     TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes bench/traffic.md, in a few minutes
 
@@ -9,7 +9,7 @@ torch runs them: what each reads and writes of an activation's size, less what t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench.by_hand import lora_as_unsloth, lora_by_addmm
 from bench.measure import Unavailable
 from bench.peers import eager_lora, peft_layer
+from lora_ops.functional import lora_linear
 from lora_ops.kernels.lora_linear.triton_skinny import Dropout, reads_once, reduce_both, reduce_columns, reduce_rows
 from tests.cases import LinearCase
 from tests.gpu_proof.interpreter import KernelTraffic, count_traffic, install
@@ -56,35 +57,73 @@ def eager_passes(run: Callable[[], object], numel: int, element_size: int = 2) -
     return counter.bytes / (numel * element_size) - 4
 
 
-def peers(dropout_p: float, adapter: torch.dtype) -> Iterator[tuple[str, float]]:
-    """(name, extra passes) of each peer that has such a layer."""
-    width = 256  # unlike any other size here
+def saved(run: Callable[[], object], constant: Iterable[Tensor]) -> int:
+    """Bytes that a forward keeps for its backward beside the constant tensors (weights), each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    for t in constant:
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def layers(
+    dropout_p: float, adapter: torch.dtype, width: int
+) -> Iterator[tuple[str, Callable[[], object], list[Tensor]]]:
+    """(name, forward and backward, weights) of ours and of each peer that has such a layer; ours is the first."""
     case = LinearCase(
         m=width, n=width, k=width, r=16, dtype=torch.bfloat16, weight="dense", adapter_dtype=adapter,
         dropout_p=dropout_p,
     )  # fmt: skip
     i = case.inputs()
+    assert isinstance(i.weight, Tensor)
     a, b = i.adapter()
+    weights = [i.weight, a, b]
 
     def functional(forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
         operands = [t.detach().requires_grad_() for t in (i.x, a, b)]
         return lambda: torch.autograd.grad(forward(*operands), operands, i.dy)
 
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, i.weight, a, b, scale=2.0, dropout_p=dropout_p)
+
     def peft() -> Callable[[], object]:
         layer = peft_layer(i)
-        operands = [i.x.detach().requires_grad_(), *(getattr(layer, n)["default"].weight for n in ("lora_A", "lora_B"))]
+        pair = [getattr(layer, n)["default"].weight for n in ("lora_A", "lora_B")]
+        weights.extend(pair)
+        operands = [i.x.detach().requires_grad_(), *pair]
         return lambda: torch.autograd.grad(layer(operands[0]), operands, i.dy)
 
     dropout = torch.nn.Dropout(dropout_p) if dropout_p else torch.nn.Identity()
     for name, make in (
+        ("lora_ops", lambda: functional(ours)),
         ("PEFT", peft),
         ("PEFT's formula, eager", lambda: functional(eager_lora(i, dropout))),
         ("addmm by hand, Unsloth's passes", lambda: functional(lora_as_unsloth(i))),
         ("addmm by hand, as few as it can", lambda: functional(lora_by_addmm(i))),
     ):
-        # The weight has an activation's number of elements here: its two reads are the frozen layer's, too.
         with suppress(Unavailable):
-            yield name, eager_passes(make(), width * width) - 2
+            yield name, make(), weights
+
+
+def peers(dropout_p: float, adapter: torch.dtype) -> Iterator[tuple[str, float]]:
+    """(name, extra passes) of each peer that has such a layer."""
+    width = 256  # unlike any other size here
+    for name, run, _ in itertools.islice(layers(dropout_p, adapter, width), 1, None):
+        # The weight has an activation's number of elements here: its two reads are the frozen layer's, too.
+        yield name, eager_passes(run, width * width) - 2
+
+
+def memory(dropout_p: float, adapter: torch.dtype) -> Iterator[tuple[str, float]]:
+    """(name, what is saved for the backward in activations [M, K] of bf16); r is 1/64 of the width."""
+    width = 1024
+    for name, run, weights in layers(dropout_p, adapter, width):
+        yield name, saved(run, weights) / (width * width * 2)
 
 
 def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict[str, KernelTraffic], int]]:
@@ -112,7 +151,7 @@ def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict
 def markdown() -> str:
     """The table."""
     lines = [
-        "# Memory traffic of lora_linear, counted",
+        "# Memory traffic of lora_linear, and what it saves, counted",
         "",
         "Written by `TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic`. No GPU is needed, and none was used.",
         "",
@@ -152,6 +191,19 @@ def markdown() -> str:
     ]
     for name in dict.fromkeys(name for column in counted for name in column):
         cells = (f"{column[name]:g}" if name in column else "no dropout" for column in counted)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Saved for the backward, in activations [M, K] of bf16, M = K = N = 1024, r = 16",
+        "",
+        "Weights and adapters not counted. Ours: x, and S = drop(x) Aᵀ in float32, 2 r / K of it; no mask.",
+        "",
+        "| | p = 0, bf16 adapter | p = 0, float32 adapter | p = 0.1, bf16 adapter | p = 0.1, float32 adapter |",
+        "|---|---|---|---|---|",
+    ]
+    held = [dict(memory(p, dtype)) for p, dtype in columns]
+    for name in held[0]:
+        cells = (f"{column[name]:.3g}" if name in column else "no dropout" for column in held)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -120,14 +120,27 @@ void lora(Random& random) {
     Matrix da(random, a_dtype, r, k, true), db(random, b_dtype, n, r, true), dbias(random, dtype, 1, n);
     const int wanted = static_cast<int>(random.integer(0, 15));
 
+    // Without a weight, over NF4, or, where it is taken, over a dense one.
+    Matrix w(random, dtype, n, k), flat(random, dtype, 1, n * k), bias(random, dtype, 1, n);
+    const int64_t block = any_block_size(random);
+    Matrix absmax(random, LORA_OPS_F32, 1, ceil_div(n * k, block));
+    Bytes packed(random, (n * k + 1) / 2);
+    FUZZ_CHECK(lora_ops_nf4_quantize(flat.data(), dtype, n * k, block, packed.data(), absmax.floats(), 1) ==
+               LORA_OPS_OK);
+    const bool dense = lora_ops_takes_dense(dtype) && random.coin();
+    const lora_ops_weight over = {dense ? w.data() : nullptr, w.stride,
+                                  {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block}};
+    const lora_ops_weight* const weight = random.coin() ? &over : nullptr;
+    void* const bias_ = random.coin() ? bias.data() : nullptr;
+
     const auto run = [&](int threads, Matrix& y_, Matrix& s_, Matrix& dx_, Matrix& da_, Matrix& db_, Matrix& dbias_) {
-        FUZZ_CHECK(lora_ops_lora_forward(&adapter, x.data(), m, x.stride, s_.floats(), y_.data(), y_.stride, dtype,
-                                         threads) == LORA_OPS_OK);
-        FUZZ_CHECK(lora_ops_lora_backward(&adapter, dy.data(), m, dy.stride, wanted & 2 ? x.data() : nullptr, x.stride,
-                                          wanted & 4 ? s_.floats() : nullptr, wanted & 1 ? dx_.data() : nullptr,
-                                          dx_.stride, wanted & 2 ? da_.data() : nullptr,
-                                          wanted & 4 ? db_.data() : nullptr, wanted & 8 ? dbias_.data() : nullptr,
-                                          dtype, threads) == LORA_OPS_OK);
+        FUZZ_CHECK(lora_ops_lora_forward(&adapter, weight, bias_, x.data(), m, x.stride, s_.floats(), y_.data(),
+                                         y_.stride, dtype, threads) == LORA_OPS_OK);
+        FUZZ_CHECK(lora_ops_lora_backward(
+                       &adapter, weight, dy.data(), m, dy.stride, wanted & 2 ? x.data() : nullptr, x.stride,
+                       wanted & 4 ? s_.floats() : nullptr, wanted & 1 ? dx_.data() : nullptr, dx_.stride,
+                       wanted & 2 ? da_.data() : nullptr, wanted & 4 ? db_.data() : nullptr,
+                       wanted & 8 ? dbias_.data() : nullptr, dtype, threads) == LORA_OPS_OK);
     };
     Matrix y2 = y, s2 = s, dx2 = dx, da2 = da, db2 = db, dbias2 = dbias;
     run(1, y, s, dx, da, db, dbias);

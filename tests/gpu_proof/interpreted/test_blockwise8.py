@@ -31,6 +31,20 @@ def test_bit_equal(n: int, block_size: int, signed: bool, seed: int) -> None:
     assert torch.equal(bits(values), bits(expected))
 
 
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_whole_blocks_and_part_of_a_tile(block_size: int) -> None:
+    """Where a block ends with the tensor and the tile does not, a mask one block too wide leaves absmax."""
+    x = torch.randn(3 * block_size)
+    codes, absmax = quantize_blockwise8(x, block_size=block_size)
+    values = dequantize_blockwise8(codes, absmax, block_size=block_size)
+    with lora_ops.use_backend("reference"):
+        expected_codes, expected_absmax = quantize_blockwise8(x, block_size=block_size)
+        expected = dequantize_blockwise8(codes, absmax, block_size=block_size)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(absmax, expected_absmax)
+    assert torch.equal(values, expected)
+
+
 def test_non_contiguous() -> None:
     x = torch.randn(96, 64)
     assert torch.equal(quantize_blockwise8(x.T)[0], quantize_blockwise8(x.T.contiguous())[0])

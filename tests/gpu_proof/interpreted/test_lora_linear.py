@@ -21,7 +21,7 @@ from lora_ops.functional import lora_linear
 from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.crossovers import force
-from tests.cases import LinearCase, assert_right, run_ours
+from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof import interpreter, traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +74,24 @@ def test_several_blocks(dtype: torch.dtype, kstep_min_m: int, m: int, n: int, k:
         m=m, n=n, k=k, r=r, dtype=dtype, weight="dense", adapter_dtype=torch.float32, dropout_p=0.1, bias=True
     ).inputs()
     with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize("r", [8, 64])
+def test_rows_with_gaps(r: int, kstep_min_m: int) -> None:
+    """Columns of a wider x and dY are read where they lie, without a copy."""
+    case = LinearCase(m=40, n=70, k=50, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1)
+    inputs = in_wider_rows(case.inputs())
+    with force(kstep_min_m=kstep_min_m):
+        assert_right(inputs, run_ours(inputs))
+
+
+def test_more_rows_than_a_group_of_blocks() -> None:
+    """The K-step route numbers its programs by groups of 8 blocks of rows: whole groups, and one that is cut off."""
+    case = LinearCase(m=2 * 8 * 128 + 70, n=150, k=20, r=4, dtype=torch.bfloat16, weight="dense", bias=True)
+    inputs = case.inputs()
+    with force(kstep_min_m=0):
         assert_right(inputs, run_ours(inputs))
 
 

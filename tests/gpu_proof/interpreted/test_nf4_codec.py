@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lora_ops
 from lora_ops.functional import dequantize_nf4, quantize_nf4
-from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
+from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor, nf4_thresholds
 from tests.gpu_proof.interpreter import count_traffic
 from tests.quant.test_nf4_codec import DTYPES, bits, truth, weights
 
@@ -32,6 +32,34 @@ def test_quantize(n: int, dtype: torch.dtype, block_size: int, seed: int) -> Non
     assert torch.equal(bits(q.absmax), bits(expected.absmax))
 
 
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_whole_blocks_and_part_of_a_tile(block_size: int) -> None:
+    """Where a block ends with the tensor and the tile does not, a mask one block too wide leaves absmax."""
+    w = torch.randn(3 * block_size)
+    q, expected = quantize_nf4(w, block_size=block_size), reference(w, block_size)
+    assert torch.equal(q.packed, expected.packed)
+    assert torch.equal(q.absmax, expected.absmax)
+
+
+def at_thresholds(thresholds: torch.Tensor, absmax: float) -> torch.Tensor:
+    """absmax, and what it scales to each threshold or to a neighbour of one: there the kind of division shows."""
+    at = thresholds * absmax
+    around = (at, torch.nextafter(at, at + 1), torch.nextafter(at, at - 1))
+    return torch.cat([torch.tensor([absmax]), *around])
+
+
+def test_full_blocks_take_the_reciprocal_and_partial_ones_divide() -> None:
+    g = torch.Generator().manual_seed(0)
+    differ = 0
+    for absmax in (0.5 + torch.rand(20, generator=g)).tolist():
+        part = at_thresholds(nf4_thresholds(), absmax)
+        w = torch.cat([part, torch.zeros(64 - part.numel()), part])
+        assert torch.equal(quantize_nf4(w).packed, reference(w, 64).packed)
+        ways = part / part[0], part * (1 / part[0])
+        differ += int((torch.bucketize(ways[0], nf4_thresholds()) != torch.bucketize(ways[1], nf4_thresholds())).sum())
+    assert differ > 20  # so many codes depend on it
+
+
 @given(
     n=sizes,
     dtype=st.sampled_from(DTYPES),
@@ -50,6 +78,16 @@ def test_dequantize(n: int, dtype: torch.dtype, block_size: int, double_quant: b
     assert torch.equal(bits(out), bits(expected))
     assert guarded[:32].isnan().all()
     assert guarded[32 + n :].isnan().all()
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_groups_of_double_quantization(block_size: int) -> None:
+    """More than one group of 256 blocks, the last one cut off: each program takes the scale of its own."""
+    w = torch.randn(3, 256 * block_size) * torch.tensor([[1.0], [20.0], [400.0]])
+    q = reference(w.view(-1)[: -256 * block_size // 3], block_size, double_quant=True)
+    assert q.nested_absmax is not None
+    assert len(q.nested_absmax.unique()) == 3
+    assert torch.equal(bits(dequantize_nf4(q)), bits(truth(q)))
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")

@@ -15,7 +15,7 @@ from lora_ops.functional import nf4_linear, quantize_nf4
 from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl
-from tests.cases import LinearCase, assert_right, run_ours
+from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof.interpreter import count_traffic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,6 +66,14 @@ def test_several_blocks(dtype: torch.dtype, m: int, n: int, k: int) -> None:
     inputs = LinearCase(m=m, n=n, k=k, dtype=dtype, double_quant=True, bias=True).inputs()
     with force(nf4_gemm_max_m=2**31):
         assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize(("m", "k"), [(3, 128), (20, 128), (20, 97)])
+def test_rows_with_gaps(m: int, k: int) -> None:
+    """Columns of a wider x and dY are read where they lie, without a copy."""
+    inputs = in_wider_rows(LinearCase(m=m, n=70, k=k, dtype=torch.bfloat16).inputs())
+    assert triton_impl.as_rows(inputs.x).data_ptr() == inputs.x.data_ptr()
+    assert_right(inputs, run_ours(inputs))
 
 
 @pytest.mark.parametrize("m", [4, 8])

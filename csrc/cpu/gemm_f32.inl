@@ -13,7 +13,7 @@ namespace {
 
 // As decode_span of avx512bf16.cpp, to fp32: the address of element begin within out, which has room for n + 62.
 template <class V, class T>
-const float* decode_span_f32(const Nf4Gemm& g, int64_t begin, int64_t n, float* out) {
+const float* decode_span_f32(const Gemm& g, int64_t begin, int64_t n, float* out) {
     const int64_t first = begin / 32 * 32, last = begin + n;
     const int64_t n_bytes = (g.n * g.k + 1) / 2;
     int64_t block = first / g.w.block_size;
@@ -37,6 +37,7 @@ const float* decode_span_f32(const Nf4Gemm& g, int64_t begin, int64_t n, float* 
 template <class V, class T>
 struct F32Engine {
     static constexpr int kRows = V::kRows, kWidth = V::kVectors * V::kLanes, kColumns = 64, kParts = kColumns / kWidth;
+    static constexpr bool kFuses = false;
     static constexpr int64_t kDepth = 1024;
     // Terms that are added one after the other before they join the total. A chain over all of K = 4096 is 4 times as
     // wrong as torch; chains of 64 are less wrong than torch from K = 256 to 14336.
@@ -44,7 +45,7 @@ struct F32Engine {
     static constexpr int64_t kPanelBytes = kDepth * kColumns * 4;
     static constexpr int64_t kTileBytes = kRows * kDepth * 4;
 
-    static void panel(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, void* panel) {
+    static void panel(const Gemm& g, int64_t column, int64_t begin, int64_t depth, void* panel) {
         for (int part = 0; part < kParts; ++part) {
             float* const to = static_cast<float*>(panel) + part * depth * kWidth;
             if (g.dx) {
@@ -55,7 +56,7 @@ struct F32Engine {
         }
     }
 
-    static void part_of_rows(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, float* panel) {
+    static void part_of_rows(const Gemm& g, int64_t column, int64_t begin, int64_t depth, float* panel) {
         constexpr int64_t kSpan = 128, kRoom = kSpan + 64;
         alignas(64) float rows[V::kLanes * kRoom] = {};
         for (int64_t k = 0; k < depth; k += kSpan) {
@@ -81,7 +82,7 @@ struct F32Engine {
         }
     }
 
-    static void part_of_columns(const Nf4Gemm& g, int64_t column, int64_t begin, int64_t depth, float* panel) {
+    static void part_of_columns(const Gemm& g, int64_t column, int64_t begin, int64_t depth, float* panel) {
         alignas(64) float row[kWidth + 64] = {};
         const int64_t n = lesser(kWidth, g.k - column);
         if (n <= 0) return static_cast<void>(memset(panel, 0, sizeof(float) * depth * kWidth));
@@ -168,7 +169,7 @@ constexpr int kMostF32DotRows = 4;
 constexpr int64_t kF32DotColumns = 32;
 
 template <class V, class T, int m>
-void f32_dot_task(const Nf4Gemm& g, int64_t task) {
+void f32_dot_task(const Gemm& g, int64_t task) {
     using F = typename V::F;
     constexpr int64_t kSpan = 512;
     constexpr int kUnroll = 2;
@@ -206,7 +207,7 @@ void f32_dot_task(const Nf4Gemm& g, int64_t task) {
 }
 
 template <class V, class T>
-void f32_task_of(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch) {
+void f32_task_of(const Gemm& g, const GemmPlan& plan, int64_t task, char* scratch) {
     if (!plan.dot) return panel_task<F32Engine<V, T>, T>(g, plan, task, scratch);
     switch (g.m) {
         case 1: return f32_dot_task<V, T, 1>(g, task);
@@ -217,16 +218,16 @@ void f32_task_of(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* 
 }
 
 template <class V>
-Nf4GemmPlan f32_plan(const Nf4Gemm& g, int n_threads) {
+GemmPlan f32_plan(const Gemm& g, int n_threads) {
     if (g.dx || g.m > kMostF32DotRows) return panel_plan<F32Engine<V, float>>(g, n_threads);
-    Nf4GemmPlan plan = {};
+    GemmPlan plan = {};
     plan.tasks = ceil_div(g.n, kF32DotColumns);
     plan.dot = true;
     return plan;
 }
 
 template <class V>
-void f32_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, const char*, char* scratch) {
+void f32_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char*, char* scratch) {
     switch (g.dtype) {
         case LORA_OPS_F32: return f32_task_of<V, float>(g, plan, task, scratch);
         case LORA_OPS_F16: return f32_task_of<V, F16>(g, plan, task, scratch);

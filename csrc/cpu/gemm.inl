@@ -1,7 +1,7 @@
-// A product with an NF4 weight, blocked for the cache; written once for every instruction set.
+// A product with a frozen weight, blocked for the cache; written once for every instruction set.
 //
-// The weight is decoded panel by panel: kColumns columns of the output and up to kDepth terms of their sums, laid out
-// as the micro-kernel reads it. A panel stays in the L2 cache and is multiplied with all rows of the task. Sums stay
+// The weight is decoded, or copied, panel by panel: kColumns columns of the output and up to kDepth terms of their sums,
+// laid out as the micro-kernel reads it. A panel stays in the L2 cache and is multiplied with all rows of the task. Sums stay
 // in registers over a panel and, where one panel does not hold a whole sum, wait in fp32 for the next.
 //
 // Engine supplies, for its element type T of a, bias and out:
@@ -9,9 +9,11 @@
 //   kDepth                terms of a panel, even
 //   kPanelBytes           of a panel
 //   kTileBytes            scratch of a tile
-//   void panel(const Nf4Gemm&, int64_t column, int64_t begin, int64_t depth, void* panel)
+//   void panel(const Gemm&, int64_t column, int64_t begin, int64_t depth, void* panel)
 //                         columns [column, column + kColumns), zero beyond the last, terms [begin, begin + depth)
 //   void tile<rows>(const Tile<T>&, void* scratch)    rows <= kRows
+//   kFuses                whether it adds low-rank updates, with
+//   void low_rank_panel(const Gemm&, int64_t column, void* panel)
 
 #include <string.h>
 
@@ -35,13 +37,24 @@ struct Tile {
     T* out;
     int64_t stride_out;
     int64_t columns;
+    // The low-rank update, added to the last sums: left [rows, rank], its panel, and its bits or NULL.
+    const T* left;
+    int64_t stride_left, rank;
+    const void* right;
+    const uint8_t* bits;
+    int64_t stride_bits;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Engine>
-Nf4GemmPlan panel_plan(const Nf4Gemm& g, int n_threads) {
+int64_t low_rank_bytes(const Gemm& g) {
+    return g.low_rank ? (g.low_rank->rank + 1) / 2 * 2 * Engine::kColumns * int64_t{2} : 0;
+}
+
+template <class Engine>
+GemmPlan panel_plan(const Gemm& g, int n_threads) {
     const int64_t panels = ceil_div(g.columns, Engine::kColumns);
     int64_t row_blocks = ceil_div(g.m, kTaskRows);
     // Few panels: also split the rows, so that every thread has work.
@@ -50,12 +63,12 @@ Nf4GemmPlan panel_plan(const Nf4Gemm& g, int n_threads) {
         const int64_t wanted = lesser(ceil_div(4 * n_threads, panels), most);
         row_blocks = row_blocks < wanted ? wanted : row_blocks;
     }
-    Nf4GemmPlan plan = {};
+    GemmPlan plan = {};
     plan.task_rows = ceil_div(ceil_div(g.m, row_blocks), Engine::kRows) * Engine::kRows;
     plan.tasks = panels * ceil_div(g.m, plan.task_rows);
     const bool whole_sums = g.depth <= Engine::kDepth;
     const int64_t sums = whole_sums ? 0 : plan.task_rows * Engine::kColumns * static_cast<int64_t>(sizeof(float));
-    plan.scratch_bytes = Engine::kPanelBytes + Engine::kTileBytes + sums;
+    plan.scratch_bytes = Engine::kPanelBytes + Engine::kTileBytes + low_rank_bytes<Engine>(g) + sums;
     return plan;
 }
 
@@ -65,14 +78,18 @@ void run_tile(int rows, const Tile<T>& tile, void* scratch, std::integer_sequenc
 }
 
 template <class Engine, class T>
-void panel_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* scratch) {
+void panel_task(const Gemm& g, const GemmPlan& plan, int64_t task, char* scratch) {
     const int64_t panels = ceil_div(g.columns, Engine::kColumns);
     const int64_t column = task % panels * Engine::kColumns;
     const int64_t first_row = task / panels * plan.task_rows;
     const int64_t rows = lesser(plan.task_rows, g.m - first_row);
     char* const panel = scratch;
     char* const tile_scratch = scratch + Engine::kPanelBytes;
-    float* const sums = reinterpret_cast<float*>(tile_scratch + Engine::kTileBytes);
+    char* const right = tile_scratch + Engine::kTileBytes;
+    float* const sums = reinterpret_cast<float*>(right + low_rank_bytes<Engine>(g));
+    if constexpr (Engine::kFuses) {
+        if (g.low_rank) Engine::low_rank_panel(g, column, right);
+    }
     using Heights = std::make_integer_sequence<int, Engine::kRows>;
     // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
     const int64_t tiles = ceil_div(rows, Engine::kRows);
@@ -88,7 +105,7 @@ void panel_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* s
         for (int64_t i = 0; i < tiles; ++i) {
             const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
             const int64_t row = first_row + from;
-            Tile<T> tile;
+            Tile<T> tile = {};
             tile.a = static_cast<const T*>(g.a) + row * g.stride_a + begin;
             tile.stride_a = g.stride_a;
             tile.depth = depth;
@@ -100,6 +117,14 @@ void panel_task(const Nf4Gemm& g, const Nf4GemmPlan& plan, int64_t task, char* s
             tile.out = static_cast<T*>(g.out) + row * g.stride_out + column;
             tile.stride_out = g.stride_out;
             tile.columns = lesser(Engine::kColumns, g.columns - column);
+            if (const LowRank* const low = g.low_rank) {
+                tile.left = static_cast<const T*>(low->left) + row * low->stride_left;
+                tile.stride_left = low->stride_left;
+                tile.rank = low->rank;
+                tile.right = right;
+                tile.bits = low->bits ? low->bits + row * low->stride_bits + column / 8 : nullptr;
+                tile.stride_bits = low->stride_bits;
+            }
             run_tile<Engine>(static_cast<int>(to - from), tile, tile_scratch, Heights{});
         }
     }

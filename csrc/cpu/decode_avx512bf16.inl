@@ -1,0 +1,118 @@
+// NF4 to bfloat16 with AVX-512 BF16 and VBMI.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "gemm.h"
+#include "nf4_table.h"
+
+namespace lora_ops {
+namespace {
+
+
+// The 16 products code * absmax of a block, rounded to nearest even; twice, so that an index's fifth bit is free.
+inline __m512i bf16_table(float absmax) {
+    const __m512 exact = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(exact, exact));
+}
+
+// Index of lane e of a quadword's 16 elements: the 8 bits from bit 8 * (e / 2) on, from 4 more where e is even. Of
+// each 16-bit lane only the low 4 bits are a code; a permute ignores all but 5, and the fifth is free.
+constexpr int16_t kShift[16] = {4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56};
+
+// 32 elements in order.
+inline __m512i decode32(__m512i table, __m128i packed) {
+    const __m512i quadwords = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m512i shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kShift)));
+    const __m512i codes = _mm512_permutexvar_epi64(quadwords, _mm512_castsi128_si512(packed));
+    return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, codes), table);
+}
+
+inline __m512i decode32(__m512i table, const uint8_t* packed) {
+    return decode32(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+}
+
+// The same where the tensor ends within the 16 bytes.
+inline __m512i decode32(__m512i table, const uint8_t* packed, int64_t n_bytes) {
+    const __mmask16 inside = n_bytes >= 16 ? 0xffff : static_cast<__mmask16>((1u << n_bytes) - 1);
+    return decode32(table, _mm_maskz_loadu_epi8(inside, packed));
+}
+
+// 32 elements in an order that saves a permute: quadword 2 i of the result is elements 4 i to 4 i + 3 of the first 16,
+// quadword 2 i + 1 the same of the last 16. Loads broadcast for free.
+struct Mixed {
+    __m512i shifts;
+    Mixed() {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + 8));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(high, low)),
+                                                _mm256_set_m128i(high, low), 1);
+        shifts = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3), both);
+    }
+    __m512i decode(__m512i table, const uint8_t* packed) const {
+        const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, codes), table);
+    }
+    // Of the pair of elements in 32-bit lane i.
+    static constexpr int pair(int i) { return 8 * (i / 2 % 2) + 2 * (i / 4) + i % 2; }
+};
+
+// Any 32 elements of x in that order.
+inline __m512i mix(__m512i x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
+
+// Whether rows and blocks of W meet at multiples of 64 elements.
+inline bool is_aligned(const Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }
+
+// Decodes elements [begin, begin + n) and up to 31 before and after them, aligned to 32. Element begin is at the
+// returned address. out has room for n + 62.
+const uint16_t* decode_span(const Gemm& g, int64_t begin, int64_t n, uint16_t* out) {
+    const int64_t first = begin / 32 * 32, last = begin + n;
+    const int64_t n_bytes = (g.n * g.k + 1) / 2;
+    const bool inside = (last + 31) / 32 * 16 <= n_bytes;
+    int64_t block = first / g.w.block_size, block_end = block * g.w.block_size;
+    for (int64_t i = first; i < last; ++block) {
+        block_end += g.w.block_size;
+        const int64_t end = lesser(block_end, last);
+        const __m512i table = bf16_table(nf4_absmax(g.w, block));
+        if (inside) {
+            for (; i < end; i += 32) _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2));
+        } else {
+            for (; i < end; i += 32) {
+                _mm512_storeu_si512(out + i - first, decode32(table, g.w.packed + i / 2, n_bytes - i / 2));
+            }
+        }
+    }
+    return out + (begin - first);
+}
+
+// Fetches the line of element i, if there is such an element.
+inline void prefetch(const Gemm& g, int64_t i) {
+    if (i < g.n * g.k) _mm_prefetch(reinterpret_cast<const char*>(g.w.packed + i / 2), _MM_HINT_T0);
+}
+
+inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, c);
+        t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d);
+        t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+        r[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+inline __m512bh as_bf16(__m512i x) { return reinterpret_cast<__m512bh>(x); }
+
+}  // namespace
+}  // namespace lora_ops

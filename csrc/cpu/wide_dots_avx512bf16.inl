@@ -1,0 +1,230 @@
+// y for more rows of x than a decoded vector meets while it is in a register, and too few to pay for transposing W.
+//
+// Four rows of W are decoded to the L1 cache, kWideSpan elements of each, and multiplied with all rows of x, six at a
+// time. Each product keeps 16 sums, which wait in memory between spans and meet at the end. Dense weights are used where
+// they are. A low-rank update is one more span: rows of B beside rows of scale S.
+#pragma once
+
+namespace lora_ops {
+namespace {
+
+constexpr int64_t kWideColumns = 64;  // rows of W in a task
+constexpr int64_t kWideSpan = 1024;
+constexpr int64_t kWideAhead = 4096;   // bytes between a fetch and its use
+constexpr int kWideW = 4, kWideX = 6;  // 24 accumulators, 4 rows of W, one of x
+
+// Rows of x up to which this is faster than panels, which cost a transpose but multiply at full speed (this at 0.9 of
+// it). Two Zen 4 cores, panels -> this: 12 rows of 4096 x 4096 1.49 -> 1.41 ms, dense 1.99 -> 1.66; 32 rows of 4095 x 4097
+// 4.8 -> 3.7.
+inline int64_t most_wide_rows(const Gemm& g) { return g.dense ? 32 : is_aligned(g) ? 16 : 64; }
+
+constexpr int64_t wide_stride(int64_t k) { return (k + 31) / 32 * 32; }
+
+// What a thread has to itself.
+struct WideScratch {
+    static constexpr int64_t kRow = kWideSpan + 64, kRowsBytes = kWideW * kRow * int64_t{sizeof(uint16_t)};
+    uint16_t* rows;  // [kWideW, kRow]
+    float* sums;     // [m, kWideW, 16]
+    explicit WideScratch(char* memory)
+        : rows(reinterpret_cast<uint16_t*>(memory)), sums(reinterpret_cast<float*>(memory + kRowsBytes)) {}
+    static int64_t bytes(int64_t m) { return kRowsBytes + (m * kWideW + 15) / 16 * 16 * 16 * int64_t{sizeof(float)}; }
+};
+
+using WideRows = const uint16_t* const (&)[kWideW];
+
+// Rows of x: vector v of row i is step v + stride i elements behind x.
+struct WideX {
+    const BF16* x;
+    int64_t step, stride;
+};
+
+// sums [rows, kWideW, 16] (+)= the products of x [rows, n] and w [kWideW, n], n in vectors of 32.
+template <int rows>
+void wide_tile(WideRows w, const BF16* x, int64_t step, int64_t stride, int64_t vectors, bool first, float* sums) {
+    __m512 sum[rows][kWideW];
+    for (int i = 0; i < rows; ++i) {
+        for (int r = 0; r < kWideW; ++r) {
+            sum[i][r] = first ? _mm512_setzero_ps() : _mm512_load_ps(sums + (i * kWideW + r) * 16);
+        }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+        __m512bh b[kWideW];
+        for (int r = 0; r < kWideW; ++r) b[r] = as_bf16(_mm512_loadu_si512(w[r] + 32 * v));
+        for (int i = 0; i < rows; ++i) {
+            const __m512bh a = as_bf16(_mm512_loadu_si512(x + v * step + i * stride));
+            for (int r = 0; r < kWideW; ++r) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], a, b[r]);
+        }
+    }
+    for (int i = 0; i < rows; ++i) {
+        for (int r = 0; r < kWideW; ++r) _mm512_store_ps(sums + (i * kWideW + r) * 16, sum[i][r]);
+    }
+}
+
+// Calls work(first row, rows) for tiles of nearly equal height, at most kWideX.
+template <class Work>
+inline void wide_tiles(int64_t m, Work work) {
+    const int64_t tiles = ceil_div(m, kWideX);
+    for (int64_t i = 0; i < tiles; ++i) work(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
+}
+
+// x [m, K] in the order in which tiles read it: a vector of each row, side by side; zeros up to a multiple of 32.
+inline void pack_wide(const Gemm& g, bool mixes, BF16* to) {
+    wide_tiles(g.m, [&](int64_t first, int64_t rows) {
+        for (int64_t k = 0; k < g.k; k += 32) {
+            for (int64_t i = 0; i < rows; ++i, to += 32) {
+                const BF16* const from = static_cast<const BF16*>(g.a) + (first + i) * g.stride_a + k;
+                const __m512i x = load32(from, first32(g.k - k));
+                _mm512_store_si512(to, mixes ? mix(x) : x);
+            }
+        }
+    });
+}
+
+// place(first row, rows) tells where those of x are.
+template <class Place>
+inline void wide_products(WideRows w, int64_t m, int64_t n, bool first, float* sums, Place place) {
+    wide_tiles(m, [&](int64_t from, int64_t rows) {
+        float* const to = sums + from * kWideW * 16;
+        const auto [x, step, stride] = place(from, rows);
+        switch (rows) {
+            case 1: return wide_tile<1>(w, x, step, stride, n / 32, first, to);
+            case 2: return wide_tile<2>(w, x, step, stride, n / 32, first, to);
+            case 3: return wide_tile<3>(w, x, step, stride, n / 32, first, to);
+            case 4: return wide_tile<4>(w, x, step, stride, n / 32, first, to);
+            case 5: return wide_tile<5>(w, x, step, stride, n / 32, first, to);
+            case 6: return wide_tile<6>(w, x, step, stride, n / 32, first, to);
+        }
+    });
+}
+
+// The sums of the lanes of 16 vectors, in order.
+inline __m512 sums_of_lanes(const float* from) {
+    __m512 v[16];
+    for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(from + 16 * i);
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {  // after this each 128 bits hold a sum of each of 4 vectors
+        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int n = 2; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) {
+            const __m512 a = v[2 * i], b = v[2 * i + 1];
+            v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        }
+    }
+    return v[0];
+}
+
+// Columns [column, column + columns) of y, at most kWideW.
+inline void write_wide(const Gemm& g, int64_t column, int64_t columns, float* sums) {
+    for (int64_t i = 0; i < g.m * kWideW; i += 16) _mm512_store_ps(sums + i, sums_of_lanes(sums + 16 * i));
+    const __mmask8 inside = static_cast<__mmask8>((1 << columns) - 1);
+    __m256 bias = _mm256_setzero_ps();
+    if (g.bias) {
+        const __m128i bits = _mm_maskz_loadu_epi16(inside, static_cast<const BF16*>(g.bias) + column);
+        bias = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    BF16* to = static_cast<BF16*>(g.out) + column;
+    for (int64_t i = 0; i < g.m; ++i, to += g.stride_out) {
+        const __m256 y = _mm256_add_ps(_mm256_maskz_loadu_ps(inside, sums + i * kWideW), bias);
+        _mm_mask_storeu_epi16(to, inside, reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(y)));
+    }
+}
+
+// n elements of rows of an aligned weight, mixed; a scale for each group of 64.
+inline void decode_wide(const uint8_t* const (&packed)[kWideW], const float* const (&scales)[kWideW], int64_t n,
+                        uint16_t* rows) {
+    const Mixed mixed;
+    for (int64_t k = 0; k < n; k += 64) {
+        for (int r = 0; r < kWideW; ++r) {
+            const uint8_t* const from = packed[r] + k / 2;
+            if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + kWideAhead), _MM_HINT_T0);
+            const __m512i table = bf16_table(scales[r][k / 64]);
+            uint16_t* const to = rows + r * WideScratch::kRow + k;
+            _mm512_store_si512(to, mixed.decode(table, from));
+            _mm512_store_si512(to + 32, mixed.decode(table, from + 16));
+        }
+    }
+}
+
+// Columns of y, at most kWideW; x is packed.
+inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t columns, const WideScratch& scratch) {
+    constexpr int64_t kScaled = 4 * kWideSpan;  // elements of a row whose scales are looked up at once
+    const int64_t stride = wide_stride(g.k);
+    const bool aligned = !g.dense && is_aligned(g);
+    float scales[kWideW][kScaled / 64];
+    // Of fewer columns than kWideW the last is computed again, and not written.
+    const auto row = [&](int r) { return column + lesser(r, columns - 1); };
+    const auto buffer = [&](int r) { return scratch.rows + r * WideScratch::kRow; };
+    bool first = true;
+    for (int64_t begin = 0; begin < g.k; begin += kWideSpan) {
+        const int64_t n = lesser(kWideSpan, g.k - begin), padded = wide_stride(n);
+        const uint16_t* w[kWideW];
+        for (int r = 0; r < kWideW; ++r) w[r] = buffer(r);
+        if (g.dense) {
+            for (int r = 0; r < kWideW; ++r) {
+                const BF16* const from = static_cast<const BF16*>(g.dense) + row(r) * g.stride_dense + begin;
+                if (n == padded) {
+                    w[r] = &from->bits;
+                    continue;
+                }
+                for (int64_t k = 0; k < n; k += 32) {  // with zeros where x has them
+                    _mm512_storeu_si512(buffer(r) + k, load32(from + k, first32(n - k)));
+                }
+            }
+        } else if (aligned) {
+            const uint8_t* packed[kWideW];
+            const float* scale[kWideW];
+            for (int r = 0; r < kWideW; ++r) {
+                const int64_t at = row(r) * g.k + begin;
+                packed[r] = g.w.packed + at / 2;
+                if (begin % kScaled == 0) scales_of_64(g.w, at, lesser(kScaled, g.k - begin) / 64, scales[r]);
+                scale[r] = scales[r] + begin % kScaled / 64;
+            }
+            decode_wide(packed, scale, n, scratch.rows);
+        } else {
+            for (int r = 0; r < kWideW; ++r) {
+                const int64_t at = row(r) * g.k + begin;
+                prefetch(g, at + 2 * kWideAhead);
+                w[r] = decode_span(g, at, n, buffer(r));
+                // What stands behind the row meets zeros of x, and must be finite.
+                memset(buffer(r) + (w[r] - buffer(r)) + n, 0, sizeof(uint16_t) * static_cast<size_t>(padded - n));
+            }
+        }
+        wide_products(w, g.m, padded, first, scratch.sums, [&](int64_t from, int64_t rows) {
+            return WideX{x + from * stride + begin * rows, 32 * rows, 32};
+        });
+        first = false;
+    }
+    const int64_t rank = g.low_rank ? g.low_rank->rank : 0;
+    for (int64_t begin = 0; begin < rank; begin += kWideSpan) {
+        const int64_t n = lesser(kWideSpan, rank - begin);
+        const uint16_t* w[kWideW];
+        for (int r = 0; r < kWideW; ++r) w[r] = buffer(r);
+        for (int r = 0; r < kWideW; ++r) {
+            for (int64_t k = 0; k < n; k += 32) {
+                _mm512_storeu_si512(buffer(r) + k, low_rank_vector(*g.low_rank, row(r), begin + k));
+            }
+        }
+        wide_products(w, g.m, wide_stride(n), first, scratch.sums, [&](int64_t from, int64_t) {
+            const BF16* const left = static_cast<const BF16*>(g.low_rank->left);
+            return WideX{left + from * g.low_rank->stride_left + begin, 32, g.low_rank->stride_left};
+        });
+        first = false;
+    }
+    if (first) memset(scratch.sums, 0, static_cast<size_t>(WideScratch::bytes(g.m) - WideScratch::kRowsBytes));
+    write_wide(g, column, columns, scratch.sums);
+}
+
+inline void wide_dot_task(const Gemm& g, const BF16* x, int64_t task, char* memory) {
+    const WideScratch scratch(memory);
+    const int64_t end = lesser((task + 1) * kWideColumns, g.n);
+    for (int64_t column = task * kWideColumns; column < end; column += kWideW) {
+        wide_dot(g, x, column, lesser(kWideW, end - column), scratch);
+    }
+}
+
+}  // namespace
+}  // namespace lora_ops
