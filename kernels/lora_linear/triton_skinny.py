@@ -59,23 +59,23 @@ ROWS_16BIT = {
     32: Tile(32, 64, 4, 2),
     64: Tile(64, 32, 8, 4),
     128: Tile(64, 32, 8, 3),
-    256: Tile(64, 16, 8, 3),
+    256: Tile(64, 16, 8, 2),
 }
 COLUMNS_16BIT = {
     16: Tile(64, 128, 8, 3),  # with 4 warps Triton 3.6 spills on sm_80
     32: Tile(32, 128, 4, 3),
-    64: Tile(64, 64, 4, 2),
+    64: Tile(32, 128, 8, 2),
     128: Tile(32, 64, 8, 2),
     256: Tile(16, 64, 8, 2),
 }
 # block_k is wide because each block of columns writes its own partial T; 8 warps because Triton 3.6 spills with 4.
 BOTH_16BIT = {
     16: Tile(32, 256, 8, 3),
-    32: Tile(32, 128, 4, 3),
+    32: Tile(16, 128, 4, 3),
 }
 # Where R is no multiple of 16 its operands load element by element, and other tiles do not spill.
-ROWS_ODD = ROWS_16BIT | {64: Tile(64, 32, 4, 3)}
-COLUMNS_ODD = COLUMNS_16BIT | {64: Tile(32, 128, 8, 2), 256: Tile(16, 32, 8, 2)}
+ROWS_ODD = ROWS_16BIT | dict.fromkeys((64, 128), Tile(64, 32, 4, 3))
+COLUMNS_ODD = COLUMNS_16BIT | {128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
 ROWS_32BIT = {
@@ -86,7 +86,7 @@ ROWS_32BIT = {
 COLUMNS_32BIT = {
     **dict.fromkeys((16, 32, 64), Tile(16, 32, 4, 2)),
     128: Tile(16, 16, 8, 2),
-    256: Tile(16, 16, 8, 2),
+    256: Tile(16, 16, 8, 1),
 }
 
 
