@@ -48,22 +48,27 @@ GEMM = Tile(128, 128, 64, 8, 3)
 def _low_rank_tile(
     t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
     stride_lr, stride_ln, SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, ODD_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """scale · D ∘ (T L) + b of one tile, float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for r in tl.range(0, R, BLOCK_R, num_stages=1):  # a few steps: buffers to pipeline them would be wasted
         ranks = r + tl.arange(0, BLOCK_R)
-        t = tl.load(
-            t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
-            mask=(rows < M)[:, None] & (ranks < R)[None, :],
-            other=0.0,
-        ).to(DTYPE)
-        low = tl.load(
-            l_ptr + ranks[:, None] * stride_lr + columns[None, :] * stride_ln,
-            mask=(ranks < R)[:, None] & (columns < N)[None, :],
-            other=0.0,
-        ).to(DTYPE)
+        t_inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        low_inside = (ranks < R)[:, None] & (columns < N)[None, :]
+        from_ranks = ranks
+        if ODD_RANK:  # masks that differ from rank to rank spill: load the last one for those beyond, which become 0
+            t_inside = (rows < M)[:, None]
+            low_inside = (columns < N)[None, :]
+            from_ranks = tl.minimum(ranks, R - 1)
+        t_at = rows.to(tl.int64)[:, None] * R + from_ranks[None, :]
+        t = tl.load(t_ptr + t_at, mask=t_inside, other=0.0).to(DTYPE)
+        low_at = from_ranks[:, None] * stride_lr + columns[None, :] * stride_ln
+        low = tl.load(l_ptr + low_at, mask=low_inside, other=0.0).to(DTYPE)
+        if ODD_RANK:
+            t = tl.where((ranks < R)[None, :], t, 0.0)
+            low = tl.where((ranks < R)[:, None], low, 0.0)
         acc = tl.dot(t, low, acc, input_precision="ieee")  # [BLOCK_M, R] @ [R, BLOCK_N] -> [BLOCK_M, BLOCK_N]
     acc *= scalar(scale, SCALE_POINTER) * keep_scale
     if DROPOUT:
@@ -74,10 +79,10 @@ def _low_rank_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _expand_kernel(
     t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, R, stride_lr, stride_ln,
-    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y = scale · D ∘ (T L) + b."""
@@ -87,17 +92,17 @@ def _expand_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     acc = _low_rank_tile(
         t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
-        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, BLOCK_M, BLOCK_N, BLOCK_R,
+        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     y_at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_gemm_kernel(
     x_ptr, w_ptr, t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, K, R,
     stride_xm, stride_wk, stride_wn, stride_lr, stride_ln,
-    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +119,7 @@ def _lora_gemm_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = _low_rank_tile(
         t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
-        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, BLOCK_M, BLOCK_N, BLOCK_R,
+        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
     w_columns = w_ptr + columns.to(tl.int64)[None, :] * stride_wn
@@ -148,7 +153,7 @@ def expand(
         _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
         t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
         m, n, r, low.stride(0), low.stride(1),
-        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
+        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on, ODD_RANK=r % 16 != 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=BLOCK_R,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -175,7 +180,7 @@ def lora_gemm(
         _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
         x, w, t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
         m, n, k, r, x.stride(0), w.stride(0), w.stride(1), low.stride(0), low.stride(1),
-        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on,
+        SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on, ODD_RANK=r % 16 != 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_R=BLOCK_R, GROUP_M=GROUP_M,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -30,6 +30,7 @@ from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
     Dropout,
+    padded_rank,
     reads_once,
     reduce_both,
     reduce_columns,
@@ -144,39 +145,45 @@ IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward"
 
 
 def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs) -> None:
-    """Forward and backward on tensors that only have shapes."""
+    """Forward and backward on tensors that only have shapes; with a bias if its gradient is needed."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, dy, w = meta(m, k, dtype=dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype)
     adapter = meta(r, k), meta(n, r), torch.tensor(2.0)
+    bias = meta(n, dtype=dtype) if needs[3] else None
     seed = meta(dtype=torch.int64) if p else None
     with force(kstep_min_m=0 if kstep else 2**62):
-        _, s = lora_linear(x, w, *adapter, meta(n, dtype=dtype), p, seed)
+        _, s = lora_linear(x, w, *adapter, bias, p, seed)
         lora_linear_backward(dy, x, s, w, *adapter, p, seed, needs)
 
 
 def gate() -> Iterator[GateCase]:
     """Every tile, with and without dropout; every dtype; tensors of more than 2^31 elements."""
-    every, frozen_b = (True, True, True, True), (True, True, False, False)
-    cases = [(r, torch.bfloat16, p, every) for r in (16, 32, 64, 128, 256) for p in (0.0, 0.1)]
-    cases += [(r, torch.float32, 0.1, every) for r in (16, 64, 128, 256)]
+    every, no_bias, frozen_b = (True, True, True, True), (True, True, True, False), (True, True, False, False)
+    # Each tile, and each where R is no multiple of 16: of a rank, Triton sees only whether it is one, or 1.
+    aligned, odd = (16, 32, 64, 128, 256), (8, 24, 40, 100, 200)
+    cases = [(r, torch.bfloat16, p, every) for r in (*aligned, *odd) for p in (0.0, 0.1)]
+    cases += [(r, torch.bfloat16, 0.0, no_bias) for r in (*aligned, *odd)]
+    cases += [(4, torch.bfloat16, 0.1, every)]
+    cases += [(r, torch.float32, 0.1, every) for r in (8, 16, 64, 128, 200, 256)]
     cases += [(16, torch.float16, 0.1, every), (16, torch.bfloat16, 0.1, frozen_b)]
     for r, dtype, p, needs in cases:
-        mma = {}
+        mma, padded = {}, padded_rank(r)
         if dtype != torch.float32:
             mma = {
-                "_reduce_rows_kernel": Expect(mma=HMMA if r == 32 else MMA, wide="load" if r < 256 else ""),
-                "_reduce_columns_kernel": Expect(mma=MMA if r >= 64 else HMMA, wide="load" if r < 256 else ""),
+                "_reduce_rows_kernel": Expect(mma=HMMA if padded == 32 else MMA, wide="load" if padded < 256 else ""),
+                "_reduce_columns_kernel": Expect(
+                    mma=MMA if padded >= 64 else HMMA, wide="load" if padded < 256 else ""
+                ),
                 "_reduce_both_kernel": Expect(mma=HMMA, wide="load"),
                 "_expand_kernel": Expect(mma=MMA),  # 16-byte stores on NVIDIA, 8 bytes on gfx942, as its products lie
                 "_lora_gemm_kernel": Expect(mma=MMA, wide="load"),
             }
-        for kstep in (False, True) if dtype != torch.float32 and needs == every else (False,):
-            name = (
-                f"r{r} {dtype_name(dtype)}" + f" p={p}" * bool(p) + " K-step" * kstep + " frozen B" * (needs != every)
-            )
+        for kstep in (False, True) if dtype != torch.float32 and needs != frozen_b else (False,):
+            name = f"r{r} {dtype_name(dtype)}" + f" p={p}" * bool(p) + " K-step" * kstep
+            name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs]
             call = functools.partial(_gate_call, 8192, 4096, 4096, r, dtype, p, kstep=kstep, needs=needs)
             yield GateCase(name, call, mma)
     for kstep in (False, True):

@@ -49,6 +49,8 @@ class Tile:
         }
 
 
+Tiles = dict[int, Tile]
+
 # By padded rank. Every tile fits the 99 KB of sm_89/120 and, with one stage less in memory, the 64 KB of gfx942:
 # (x tile + float32 A tile) · stages. block_k shrinks as the A tile grows with R; 8 warps where the accumulator
 # [block_m, R] would not fit into 64 registers a thread of 4.
@@ -57,20 +59,23 @@ ROWS_16BIT = {
     32: Tile(32, 64, 4, 2),
     64: Tile(64, 32, 8, 4),
     128: Tile(64, 32, 8, 3),
-    256: Tile(64, 16, 8, 3),
+    256: Tile(64, 16, 8, 2),
 }
 COLUMNS_16BIT = {
     16: Tile(64, 128, 8, 3),  # with 4 warps Triton 3.6 spills on sm_80
     32: Tile(32, 128, 4, 3),
-    64: Tile(64, 64, 4, 2),
+    64: Tile(32, 128, 8, 2),
     128: Tile(32, 64, 8, 2),
     256: Tile(16, 64, 8, 2),
 }
 # block_k is wide because each block of columns writes its own partial T; 8 warps because Triton 3.6 spills with 4.
 BOTH_16BIT = {
     16: Tile(32, 256, 8, 3),
-    32: Tile(32, 128, 4, 3),
+    32: Tile(16, 128, 4, 3),
 }
+# Where R is no multiple of 16 its operands load element by element, and other tiles do not spill.
+ROWS_ODD = ROWS_16BIT | dict.fromkeys((64, 128), Tile(64, 32, 4, 3))
+COLUMNS_ODD = COLUMNS_16BIT | {128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
 ROWS_32BIT = {
@@ -81,7 +86,7 @@ ROWS_32BIT = {
 COLUMNS_32BIT = {
     **dict.fromkeys((16, 32, 64), Tile(16, 32, 4, 2)),
     128: Tile(16, 16, 8, 2),
-    256: Tile(16, 16, 8, 2),
+    256: Tile(16, 16, 8, 1),
 }
 
 
@@ -97,6 +102,11 @@ def reads_once(dtype: torch.dtype, r: int) -> bool:
 def padded_rank(r: int) -> int:
     """The power of two, at least 16 (the smallest matrix instruction), that holds r."""
     return max(16, triton.next_power_of_2(r))
+
+
+def _rank_meta(r: int) -> dict[str, int]:
+    """What the kernels know of a rank when they are compiled, as launch arguments."""
+    return {"ODD_RANK": r % 16 != 0, "BLOCK_R": padded_rank(r)}
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,20 @@ def scalar(value, POINTER: tl.constexpr):
 
 
 @triton.jit
+def _ranks(R, ODD_RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Ranks to load, and below which number a rank is one of the operand's.
+
+    Where R is no multiple of 16, a mask over ranks differs from element to element, and the predicates spill. There the
+    last rank stands for those beyond it, which are summed by themselves and never stored.
+    """
+    ranks = tl.arange(0, BLOCK_R)
+    if ODD_RANK:
+        return tl.minimum(ranks, R - 1), BLOCK_R
+    else:  # noqa: RET505 - Triton compiles one branch only in this form
+        return ranks, R
+
+
+@triton.jit
 def _load_x(
     x_ptr, rows, first_column, M, K, stride_xm, seed_ptr, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -146,23 +170,25 @@ def _load_x(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _reduce_rows_kernel(
     x_ptr, a_ptr, s_ptr, seed_ptr, threshold, keep_scale, M, K, R, stride_xm, stride_ar, stride_ak, columns_per_split,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """S[z, m, r] = Σ_k (D ∘ x)[m, k] A[r, k] over the columns k of split z."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     ranks = tl.arange(0, BLOCK_R)
+    from_ranks, limit = _ranks(R, ODD_RANK, BLOCK_R)
     begin = split * columns_per_split
     s = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for k in range(begin, tl.minimum(begin + columns_per_split, K), BLOCK_K):
         x = _load_x(x_ptr, rows, k, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
         columns = k + tl.arange(0, BLOCK_K)
         a = tl.load(
-            a_ptr + ranks[:, None] * stride_ar + columns[None, :] * stride_ak,
-            mask=(ranks < R)[:, None] & (columns < K)[None, :],
+            a_ptr + from_ranks[:, None] * stride_ar + columns[None, :] * stride_ak,
+            mask=(ranks < limit)[:, None] & (columns < K)[None, :],
             other=0.0,
         ).to(x.dtype)
         s = tl.dot(x, tl.trans(a), s, input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R] -> [BLOCK_M, R]
@@ -170,10 +196,10 @@ def _reduce_rows_kernel(
     tl.store(s_ptr + s_rows[:, None] * R + ranks[None, :], s * keep_scale, (rows < M)[:, None] & (ranks < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _reduce_columns_kernel(
     x_ptr, t_ptr, g_ptr, sum_ptr, seed_ptr, threshold, M, K, R, stride_xm, stride_gk, stride_gr, rows_per_split,
-    DROPOUT: tl.constexpr, SUM: tl.constexpr,
+    DROPOUT: tl.constexpr, SUM: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """G[z, k, r] = Σ_m (mask ∘ x)[m, k] T[m, r] and sum[z, k] = Σ_m x[m, k] over the rows m of split z."""
@@ -181,6 +207,7 @@ def _reduce_columns_kernel(
     split = tl.program_id(1)
     columns = first + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
+    from_ranks, limit = _ranks(R, ODD_RANK, BLOCK_R)
     begin = split * rows_per_split
     g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
@@ -188,8 +215,8 @@ def _reduce_columns_kernel(
         rows = m + tl.arange(0, BLOCK_M)
         x = _load_x(x_ptr, rows, first, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
         t = tl.load(
-            t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :],
-            mask=(rows < M)[:, None] & (ranks < R)[None, :],
+            t_ptr + rows.to(tl.int64)[:, None] * R + from_ranks[None, :],
+            mask=(rows < M)[:, None] & (ranks < limit)[None, :],
             other=0.0,
         ).to(x.dtype)
         g = tl.dot(tl.trans(t), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
@@ -202,10 +229,11 @@ def _reduce_columns_kernel(
         tl.store(sum_ptr + split.to(tl.int64) * K + columns, total, columns < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _reduce_both_kernel(
     x_ptr, b_ptr, s_ptr, t_ptr, g_ptr, sum_ptr, M, K, R, stride_xm, stride_br, stride_bk, rows_per_split,
-    SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    SUM: tl.constexpr, ODD_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Of the columns k of block j and the rows m of split z, with one read of x:
 
@@ -216,20 +244,23 @@ def _reduce_both_kernel(
     first = block * BLOCK_K
     columns = first + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
+    from_ranks, limit = _ranks(R, ODD_RANK, BLOCK_R)
     begin = split * rows_per_split
     g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
     g_inside = (ranks < R)[:, None] & (columns < K)[None, :]
-    b_at = ranks[:, None] * stride_br + columns[None, :] * stride_bk
-    b = tl.load(b_ptr + b_at, mask=g_inside, other=0.0).to(x_ptr.dtype.element_ty)
+    b_at = from_ranks[:, None] * stride_br + columns[None, :] * stride_bk
+    b_inside = (ranks < limit)[:, None] & (columns < K)[None, :]
+    b = tl.load(b_ptr + b_at, mask=b_inside, other=0.0).to(x_ptr.dtype.element_ty)
     for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         x = _load_x(x_ptr, rows, first, M, K, stride_xm, x_ptr, 0, False, BLOCK_M, BLOCK_K)
         t_inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        t_at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        t_rows = rows.to(tl.int64)[:, None] * R
         t = tl.dot(x, tl.trans(b), input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R] -> [BLOCK_M, R]
-        tl.store(t_ptr + block.to(tl.int64) * M * R + t_at, t, t_inside)
-        s = tl.load(s_ptr + t_at, mask=t_inside, other=0.0).to(x.dtype)
+        tl.store(t_ptr + block.to(tl.int64) * M * R + t_rows + ranks[None, :], t, t_inside)
+        s_inside = (rows < M)[:, None] & (ranks < limit)[None, :]
+        s = tl.load(s_ptr + t_rows + from_ranks[None, :], mask=s_inside, other=0.0).to(x.dtype)
         g = tl.dot(tl.trans(s), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
         if SUM:
             total += tl.sum(x.to(tl.float32), axis=0)
@@ -253,8 +284,9 @@ def _add_partials_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
 
 
-def _tile(table_16bit: dict[int, Tile], table_32bit: dict[int, Tile], dtype: torch.dtype, r: int) -> Tile:
-    return (table_32bit if dtype == torch.float32 else table_16bit)[padded_rank(r)]
+def _tile(table_16bit: Tiles, table_odd: Tiles, table_32bit: Tiles, dtype: torch.dtype, r: int) -> Tile:
+    table = table_32bit if dtype == torch.float32 else table_odd if r % 16 else table_16bit
+    return table[padded_rank(r)]
 
 
 def _per_split(total: int, block: int, other_programs: int) -> tuple[int, int]:
@@ -292,7 +324,7 @@ def reduce_rows(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
         [M, R].
     """
     (m, k), r = x.shape, a.shape[0]
-    tile = _tile(ROWS_16BIT, ROWS_32BIT, x.dtype, r)
+    tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_32BIT, x.dtype, r)
     blocks = triton.cdiv(m, tile.block_m)
     per_split, splits = _per_split(k, tile.block_k, blocks)
     partial = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
@@ -300,7 +332,7 @@ def reduce_rows(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
         _reduce_rows_kernel, (blocks, splits),
         x, a, partial, dropout.seed, dropout.threshold, dropout.keep_scale,
         m, k, r, x.stride(0), a.stride(0), a.stride(1), per_split,
-        DROPOUT=dropout.on, BLOCK_R=padded_rank(r), **tile.meta,
+        DROPOUT=dropout.on, **_rank_meta(r), **tile.meta,
     )  # fmt: skip
     return add_partials(partial, torch.float32)
 
@@ -320,7 +352,7 @@ def reduce_columns(
         G and the sum [K], or None.
     """
     (m, k), r = x.shape, t.shape[1]
-    tile = _tile(COLUMNS_16BIT, COLUMNS_32BIT, x.dtype, r)
+    tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_32BIT, x.dtype, r)
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
     partial = torch.empty(splits, *((r, k) if rank_first else (k, r)), dtype=torch.float32, device=x.device)
@@ -329,7 +361,7 @@ def reduce_columns(
         _reduce_columns_kernel, (blocks, splits),
         x, t, partial, sums, dropout.seed, dropout.threshold,
         m, k, r, x.stride(0), *((1, k) if rank_first else (r, 1)), per_split,
-        DROPOUT=dropout.on, SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
+        DROPOUT=dropout.on, SUM=sums is not None, **_rank_meta(r), **tile.meta,
     )  # fmt: skip
     g = add_partials(partial, dtype, scale, dropout.keep_scale)
     return g, None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
@@ -361,7 +393,7 @@ def reduce_both(
     launch(
         _reduce_both_kernel, (blocks, splits),
         x, b, s, t, g, sums, m, k, r, x.stride(0), b.stride(0), b.stride(1), per_split,
-        SUM=sums is not None, BLOCK_R=padded_rank(r), **tile.meta,
+        SUM=sums is not None, **_rank_meta(r), **tile.meta,
     )  # fmt: skip
     total = None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
     return add_partials(t, torch.float32), add_partials(g, dtype, scale), total

@@ -87,7 +87,7 @@ def test_lora_linear_that_reads_twice(broken: Break, kernel: str, load: str) -> 
 
 
 COUNTER = "keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0,"
-LOAD_OF_T = "(rows < M)[:, None] & (ranks < R)[None, :],\n            other"
+LOAD_OF_T = "(rows < M)[:, None] & (ranks < limit)[None, :],\n            other"
 STORE_OF_Y = "acc.to(dtype), (rows < M)[:, None] & (columns < N)"
 GEMMS = "_expand_kernel|_lora_gemm_kernel"
 
@@ -102,8 +102,18 @@ GEMMS = "_expand_kernel|_lora_gemm_kernel"
         (lora_gemm, ("acc = tl.where(keep, acc, 0.0)", "acc = tl.where(keep, acc, acc)"), "dx"),
         (lora_gemm, ("scalar(scale, SCALE_POINTER) * keep_scale", "scalar(scale, SCALE_POINTER)"), "dx"),
         (skinny, within(LOAD_OF_T, "rows < M", "rows < M - 1"), "dlora"),
+        (lora_gemm, within("if ODD_RANK:\n            t = tl.where", "ODD_RANK", "False"), "y"),
     ],
-    ids=["x column", "x offset", "dX column", "dX row", "dX without a mask", "dX without 1 / (1 - p)", "last row lost"],
+    ids=[
+        "x column",
+        "x offset",
+        "dX column",
+        "dX row",
+        "dX without a mask",
+        "dX without 1 / (1 - p)",
+        "last row lost",
+        "ranks beyond R",
+    ],
 )
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
 def test_lora_linear_with_wrong_values(
@@ -120,11 +130,13 @@ def test_lora_linear_with_wrong_values(
     [
         (skinny, within("(columns < K)[None, :]\n    x = tl.load", "<", "<="), "_reduce_"),
         (skinny, within("inside = (rows < M)[:, None]", "<", "<="), "_reduce_"),
+        (skinny, within("tl.minimum(ranks, R - 1)", "R - 1", "R"), "_reduce_"),
         (skinny, within("at < n, other=0.0)", "<", "<="), "_add_partials_kernel"),
         (lora_gemm, within(STORE_OF_Y, "rows <", "rows <="), GEMMS),
         (lora_gemm, within("mask=columns < N, other", "<", "<="), GEMMS),
+        (lora_gemm, within("tl.minimum(ranks, R - 1)", "R - 1", "R"), GEMMS),
     ],
-    ids=["x column", "x row", "partial sums", "y row", "bias"],
+    ids=["x column", "x row", "rank", "partial sums", "y row", "bias", "rank of the low-rank term"],
 )
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
 def test_lora_linear_with_a_wide_mask(
@@ -173,7 +185,7 @@ TO_INT64 = ".to(tl.int64)"
         ("nf4_linear", nf4_gemm, within("tl.arange(0, ROWS)).to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
         ("lora_linear", lora_gemm, within("columns.to(tl.int64)[None, :] * stride_wn", TO_INT64, ""), "_lora_gemm"),
         ("lora_linear", lora_gemm, within("ks.to(tl.int64)[:, None] * stride_wk", TO_INT64, ""), "_lora_gemm"),
-        ("lora_linear", lora_gemm, within("t_ptr + rows.to(tl.int64)", TO_INT64, ""), "_expand"),
+        ("lora_linear", lora_gemm, within(" t_at = rows.to(tl.int64)", TO_INT64, ""), "_expand"),
         ("lora_linear", skinny, within("t_ptr + rows.to(tl.int64)", TO_INT64, ""), "_reduce_columns"),
         ("lora_linear", skinny, within("s_rows = split.to(tl.int64)", TO_INT64, ""), "_reduce_rows"),
         ("lora_linear", skinny, within("block.to(tl.int64) * M * R", TO_INT64, ""), "_reduce_both"),
