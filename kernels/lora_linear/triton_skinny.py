@@ -74,7 +74,7 @@ BOTH_16BIT = {
     32: Tile(16, 128, 4, 3),
 }
 # Where R is no multiple of 16 its operands load element by element, and other tiles do not spill.
-ROWS_ODD = ROWS_16BIT | dict.fromkeys((64, 128), Tile(64, 32, 4, 3))
+ROWS_ODD = ROWS_16BIT | {64: Tile(64, 32, 4, 3), 256: Tile(32, 16, 8, 2)}
 COLUMNS_ODD = COLUMNS_16BIT | {128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
