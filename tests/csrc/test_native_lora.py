@@ -192,6 +192,16 @@ def test_products_with_the_weight(
     operands.check(operands.run())
 
 
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize("m", [1, 4, 6, 8, 9, 16, 33])
+def test_few_rows_with_the_weight(isa: str, m: int, weight: str) -> None:
+    """Ranks of several vectors, and rows whose scales are looked up in several pieces, by each kernel for few rows."""
+    if weight == "dense" and not _native.takes_dense(torch.bfloat16):
+        weight = "nf4"
+    operands = Operands(m, 9, 4224, 70, torch.bfloat16, torch.float32, 0.1, weight)
+    operands.check(operands.run())
+
+
 def test_a_dense_weight_that_is_not_taken_is_refused(isa: str) -> None:
     o = Operands(20, 30, 40, 4, torch.float32, torch.float32, 0.0)
     assert not _native.takes_dense(o.dtype)
