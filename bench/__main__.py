@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         run_policy(args.policy, args)
         return 0
+    os.environ.update(ISAS[args.isa] if args.isa else {})  # what describe says of the native kernels
     about = {**describe(), "command": command_line("bench", argv)}
     name = slug(cpu_name()) + (f"-{args.isa}" if args.isa else "")
     folder = args.output or ROOT / "bench" / "results" / "cpu" / name

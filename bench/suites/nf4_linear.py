@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -51,6 +52,10 @@ def compare_forward(plan: Plan, i: LinearInputs) -> Comparison:
         load("bitsandbytes")
         if i.x.device.type != "cpu" or not _repacks():
             raise Unavailable("only on CPUs with AVX-512 BF16 does eval mode differ")
+        if "ATEN_CPU_CAPABILITY" in os.environ:
+            raise Unavailable(
+                "its eval mode has AVX-512 kernels of its own, which nothing keeps to another instruction set"
+            )
         if i.x.dtype != torch.bfloat16 or i.case.n % 32 or i.case.k % 64:
             raise Unavailable("eval mode on the CPU needs bfloat16, N % 32 = 0 and K % 64 = 0")
         layer = bnb_linear(i.nf4, None, i.x.dtype).eval()

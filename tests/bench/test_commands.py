@@ -21,7 +21,9 @@ from bench.device.checks import CHECKS
 from bench.device.discover import backends_of, registered_ops
 from bench.files import write_json
 from bench.measure import Run
+from bench.policies import environment_of
 from bench.suites import GPU_SUITES, SUITES
+from lora_ops import _native
 from lora_ops._dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +68,21 @@ def test_quick_bench_writes_its_report(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "| **lora_ops**" in report
     assert (tmp_path / "nf4_linear_time.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(
+    "avx2" not in (_native.supported_isas() if _native.available() else ()),
+    reason="needs the native library on a CPU with AVX2: make native",
+)
+def test_bench_keeps_to_an_instruction_set(tmp_path: Path) -> None:
+    """In the processes that measure, and in what the report says of them."""
+    options = ["--isa", "avx2", "--ops", "nf4_linear", "--shapes", "64x128", "--tokens", "1", "--policy", "default"]
+    done = _run("bench", "--quick", *options, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "- Native kernels: avx2\n" in (tmp_path / "report.md").read_text()
+    assert environment_of("default", "avx2")["LORA_OPS_ISA"] == "avx2"
+    rows = json.loads((tmp_path / "results.json").read_text())["runs"][0]["rows"]
+    assert {row["contender"]: row["status"] for row in rows}["bitsandbytes eval"] == "unavailable"
 
 
 def test_gpu_suite_needs_a_gpu() -> None:
