@@ -9,7 +9,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys, torch
+import resource, statistics, sys, torch
 if "tuned" in sys.argv:
     from lora_ops.trainer.allocator import tune_allocator
     assert tune_allocator() is None
@@ -19,12 +19,13 @@ def step():
     b = torch.ones(16 << 20)
     del a, b
 
-for _ in range(3):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+# The median step: once, in one process of five, a small block that is kept moves `b` to pages that are new.
+print(int(statistics.median(faults() for _ in range(11))))
 """
 
 
@@ -35,4 +36,4 @@ def faults(*arguments: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_large_tensors_reuse_their_pages() -> None:
-    assert faults("tuned") < 1000 < faults()
+    assert faults("tuned") < 100 < 10_000 < faults()
