@@ -1,6 +1,6 @@
 """What lora_linear moves and saves, counted: bytes of each kernel in the interpreter, passes against the peers'.
 
-    TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes bench/traffic.md, in a few minutes
+    TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes bench/traffic.md, in ten minutes
 
 A pass reads or writes one activation [M, K] once. The peers' are counted on the CPU, operator by operator as eager
 torch runs them: what each reads and writes of an activation's size, less what the frozen layer itself needs.
@@ -9,6 +9,7 @@ torch runs them: what each reads and writes of an activation's size, less what t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,14 @@ from bench.by_hand import lora_as_unsloth, lora_by_addmm
 from bench.measure import Unavailable
 from bench.peers import eager_lora, peft_layer
 from lora_ops.functional import lora_linear
-from lora_ops.kernels.lora_linear.triton_skinny import Dropout, reads_once, reduce_both, reduce_columns, reduce_rows
+from lora_ops.kernels.lora_linear.triton_skinny import (
+    TARGET_PROGRAMS,
+    Dropout,
+    reads_once,
+    reduce_both,
+    reduce_columns,
+    reduce_rows,
+)
 from tests.cases import LinearCase
 from tests.gpu_proof.interpreter import KernelTraffic, count_traffic, install
 
@@ -148,6 +156,19 @@ def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict
         yield name, traffic.kernels, least
 
 
+def partial_sums(kernels: dict[str, KernelTraffic]) -> int:
+    """Bytes of partial sums that a product wrote and read again: `_add_partials_kernel` loads nothing else."""
+    return 2 * kernels["_add_partials_kernel"].loaded if "_add_partials_kernel" in kernels else 0
+
+
+def least_partial_sums(m: int, n: int, r: int) -> float:
+    """Bytes of partial sums, written and read, of one read of [m, n] that sums along both sides.
+
+    With c blocks of columns and z of rows, c · z = P, they are 8 r (c m + z n), least where c m = z n.
+    """
+    return 16 * r * math.sqrt(TARGET_PROGRAMS * m * n)
+
+
 def markdown() -> str:
     """The table."""
     lines = [
@@ -158,21 +179,26 @@ def markdown() -> str:
         f"## Skinny kernels, M = {M}, K = N = {WIDTH}, bf16, float32 adapter",
         "",
         "*requested*: bytes of every lane's load and store, repeats included (caches serve the small operand's).",
-        "*distinct*: each byte once a launch, what reaches memory if L2 serves every repeat. Least: the operands once,",
-        "the results once. T with dB pays for partial sums (of 128 programs, in float32), to save a second read of dY.",
+        "*distinct*: each byte once a launch, what reaches memory if L2 serves every repeat. *least*: the operands",
+        "once, the results once. *partial sums*: what the programs of one launch write, in float32, and the next",
+        "launch reads at once; they fit an L2 of 50 MB. One read of [M, N] by P programs that sums both ways moves",
+        f"at least 16 r √(P·M·N) bytes of them, {least_partial_sums(M, WIDTH, 16) / 1e6:.1f} MB here at r = 16 for "
+        f"P = {TARGET_PROGRAMS}, about one an SM.",
         "",
-        "| product | p | kernel | launches | requested | distinct | distinct of the product / least |",
-        "|---|---|---|---|---|---|---|",
+        "| product | p | kernel | launches | requested | distinct | partial sums | distinct / least | without them |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in (16, 64):
         for p in (0.0, 0.1):
             for name, kernels, least in skinny(M, WIDTH, r, p):
-                ratio = sum(k.distinct for k in kernels.values()) / least
+                distinct = sum(k.distinct for k in kernels.values())
+                partial = partial_sums(kernels)
+                of_product = f"{partial / 1e6:.1f} MB | {distinct / least:.3f} | {(distinct - partial) / least:.3f}"
                 for j, (kernel, k) in enumerate(kernels.items()):
                     lines.append(
                         f"| {f'{name}, r = {r}' if not j else ''} | {f'{p:g}' if not j else ''} | {kernel.strip('_')} "
                         f"| {k.launches} | {k.total / 1e6:.1f} MB | {k.distinct / 1e6:.1f} MB "
-                        f"| {f'{ratio:.3f}' if not j else ''} |"
+                        f"| {of_product if not j else ' |  | '} |"
                     )
     lines += [
         "",
