@@ -25,51 +25,59 @@ namespace {
 
 bool fuses(const Gemm& g) { return g.dtype == LORA_OPS_BF16; }
 
-bool takes_dots(const Gemm& g) { return !g.dx && !g.dense && g.m <= kMostDotRows; }
-bool takes_wide_dots(const Gemm& g) { return !g.dx && g.m <= most_wide_rows(g); }
+enum class Kind { kOther, kDotAligned, kDotAny, kWide, kPanels };
+
+Kind kind_of(const Gemm& g) {
+    if (g.dtype != LORA_OPS_BF16) return Kind::kOther;
+    if (g.dx) return Kind::kPanels;
+    if (!g.dense && is_aligned(g)) {
+        const bool stays = g.m <= kMostDotRows && g.m * g.k * int64_t{sizeof(BF16)} <= kMostDotX;
+        return stays || g.m <= kDotTile ? Kind::kDotAligned : Kind::kPanels;
+    }
+    if (!g.dense && g.m <= kDotTile) return Kind::kDotAny;
+    return g.m <= most_wide_rows(g) ? Kind::kWide : Kind::kPanels;
+}
 
 GemmPlan gemm_plan(const Gemm& g, int n_threads) {
-    if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.plan(g, n_threads);
     GemmPlan plan = {};
-    plan.dot = true;
-    if (takes_dots(g)) {
-        plan.tasks = ceil_div(g.n, kDotColumns);
-        plan.shared_bytes = is_aligned(g) ? g.m * g.k * int64_t{sizeof(BF16)} : 0;
-        return plan;
+    switch (kind_of(g)) {
+        case Kind::kOther: return kAvx512Gemm.plan(g, n_threads);
+        case Kind::kPanels: return panel_plan<Bf16Engine>(g, n_threads);
+        case Kind::kDotAligned: plan.shared_bytes = g.m * g.k * int64_t{sizeof(BF16)}; [[fallthrough]];
+        case Kind::kDotAny: plan.tasks = ceil_div(g.n, kDotColumns); return plan;
+        case Kind::kWide: break;
     }
-    if (takes_wide_dots(g)) {
-        plan.tasks = ceil_div(g.n, kWideColumns);
-        plan.shared_bytes = g.m * wide_stride(g.k) * int64_t{sizeof(BF16)};
-        plan.scratch_bytes = WideScratch::bytes(g.m);
-        return plan;
-    }
-    return panel_plan<Bf16Engine>(g, n_threads);
+    plan.tasks = ceil_div(g.n, kWideColumns);
+    plan.shared_bytes = g.m * wide_stride(g.k) * int64_t{sizeof(BF16)};
+    plan.scratch_bytes = WideScratch::bytes(g.m);
+    return plan;
 }
 
 void gemm_prepare(const Gemm& g, const GemmPlan& plan, char* shared) {
     if (!plan.shared_bytes) return;
     BF16* const to = reinterpret_cast<BF16*>(shared);
-    if (!takes_dots(g)) return pack_wide(g, !g.dense && is_aligned(g), to);
-    for (int64_t i = 0; i < g.m; ++i) {
-        const BF16* const from = static_cast<const BF16*>(g.a) + i * g.stride_a;
-        for (int64_t k = 0; k < g.k; k += 32) _mm512_store_si512(to + i * g.k + k, mix(_mm512_loadu_si512(from + k)));
-    }
+    if (kind_of(g) == Kind::kDotAligned) return pack_dots(g, to);
+    return pack_wide(g, to);
 }
 
 void gemm_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char* shared, char* scratch) {
-    if (g.dtype != LORA_OPS_BF16) return kAvx512Gemm.task(g, plan, task, shared, scratch);
     const BF16* const x = reinterpret_cast<const BF16*>(shared);
-    if (!plan.dot) return panel_task<Bf16Engine, BF16>(g, plan, task, scratch);
-    if (!takes_dots(g)) return wide_dot_task(g, x, task, scratch);
+    switch (kind_of(g)) {
+        case Kind::kOther: return kAvx512Gemm.task(g, plan, task, shared, scratch);
+        case Kind::kPanels: return panel_task<Bf16Engine, BF16>(g, plan, task, scratch);
+        case Kind::kDotAligned: return dot_aligned_task(g, x, task);
+        case Kind::kWide: return wide_dot_task(g, x, task, scratch);
+        case Kind::kDotAny: break;
+    }
     switch (g.m) {
-        case 1: return dot_task<1>(g, x, task);
-        case 2: return dot_task<2>(g, x, task);
-        case 3: return dot_task<3>(g, x, task);
-        case 4: return dot_task<4>(g, x, task);
-        case 5: return dot_task<5>(g, x, task);
-        case 6: return dot_task<6>(g, x, task);
-        case 7: return dot_task<7>(g, x, task);
-        case 8: return dot_task<8>(g, x, task);
+        case 1: return dot_any_task<1>(g, task);
+        case 2: return dot_any_task<2>(g, task);
+        case 3: return dot_any_task<3>(g, task);
+        case 4: return dot_any_task<4>(g, task);
+        case 5: return dot_any_task<5>(g, task);
+        case 6: return dot_any_task<6>(g, task);
+        case 7: return dot_any_task<7>(g, task);
+        case 8: return dot_any_task<8>(g, task);
     }
 }
 

@@ -10,7 +10,6 @@
 namespace lora_ops {
 namespace {
 
-
 // The 16 products code * absmax of a block, rounded to nearest even; twice, so that an index's fifth bit is free.
 inline __m512i bf16_table(float absmax) {
     const __m512 exact = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
@@ -58,8 +57,32 @@ struct Mixed {
     static constexpr int pair(int i) { return 8 * (i / 2 % 2) + 2 * (i / 4) + i % 2; }
 };
 
-// Any 32 elements of x in that order.
-inline __m512i mix(__m512i x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
+// 64 elements in an order for which no instruction is needed but a shift and a permute a half: 16-bit lane l < 16 of half
+// h is element 4 l + 2 h + 1, lane 16 + l the one before it. Unlike multishift and like nothing else that would serve,
+// shifts by lane run beside vdpbf16ps: on Zen 4 the two share no pipe.
+struct Folded {
+    __m512i shift[2];
+    Folded() {
+        const auto lanes = [](short low, short high) {
+            return _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1);
+        };
+        shift[0] = lanes(0, 4);
+        shift[1] = lanes(8, 12);
+    }
+    // 64 codes; loads broadcast for free.
+    static __m512i load(const uint8_t* packed) {
+        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    }
+    __m512i decode(__m512i table, __m512i codes, int half) const {
+        return _mm512_permutexvar_epi16(_mm512_srlv_epi16(codes, shift[half]), table);
+    }
+    // A half of any 64 elements, low and high, in that order.
+    static __m512i fold(__m512i low, __m512i high, int half) {
+        alignas(64) uint16_t from[32];
+        for (int lane = 0; lane < 32; ++lane) from[lane] = static_cast<uint16_t>(4 * (lane % 16) + 2 * half + (lane < 16));
+        return _mm512_permutex2var_epi16(low, _mm512_load_si512(from), high);
+    }
+};
 
 // Whether rows and blocks of W meet at multiples of 64 elements.
 inline bool is_aligned(const Gemm& g) { return g.k % 64 == 0 && g.w.block_size % 64 == 0; }

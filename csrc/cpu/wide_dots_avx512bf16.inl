@@ -1,4 +1,4 @@
-// y for more rows of x than a decoded vector meets while it is in a register, and too few to pay for transposing W.
+// y for rows of x too few to pay for transposing W, where W is dense or ragged.
 //
 // Four rows of W are decoded to the L1 cache, kWideSpan elements of each, and multiplied with all rows of x, six at a
 // time. Each product keeps 16 sums, which wait in memory between spans and meet at the end. Dense weights are used where
@@ -14,9 +14,9 @@ constexpr int64_t kWideAhead = 4096;   // bytes between a fetch and its use
 constexpr int kWideW = 4, kWideX = 6;  // 24 accumulators, 4 rows of W, one of x
 
 // Rows of x up to which this is faster than panels, which cost a transpose but multiply at full speed (this at 0.9 of
-// it). Two Zen 4 cores, panels -> this: 12 rows of 4096 x 4096 1.49 -> 1.41 ms, dense 1.99 -> 1.66; 32 rows of 4095 x 4097
-// 4.8 -> 3.7.
-inline int64_t most_wide_rows(const Gemm& g) { return g.dense ? 32 : is_aligned(g) ? 16 : 64; }
+// it). Two Zen 4 cores, panels -> this: 12 rows over a dense 4096 x 4096 1.99 -> 1.66 ms; 32 rows over a ragged 4095 x
+// 4097 4.8 -> 3.7.
+inline int64_t most_wide_rows(const Gemm& g) { return g.dense ? 32 : is_aligned(g) ? 0 : 64; }
 
 constexpr int64_t wide_stride(int64_t k) { return (k + 31) / 32 * 32; }
 
@@ -60,21 +60,13 @@ void wide_tile(WideRows w, const BF16* x, int64_t step, int64_t stride, int64_t 
     }
 }
 
-// Calls work(first row, rows) for tiles of nearly equal height, at most kWideX.
-template <class Work>
-inline void wide_tiles(int64_t m, Work work) {
-    const int64_t tiles = ceil_div(m, kWideX);
-    for (int64_t i = 0; i < tiles; ++i) work(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
-}
-
 // x [m, K] in the order in which tiles read it: a vector of each row, side by side; zeros up to a multiple of 32.
-inline void pack_wide(const Gemm& g, bool mixes, BF16* to) {
-    wide_tiles(g.m, [&](int64_t first, int64_t rows) {
+inline void pack_wide(const Gemm& g, BF16* to) {
+    row_tiles(g.m, kWideX, [&](int64_t first, int64_t rows) {
         for (int64_t k = 0; k < g.k; k += 32) {
             for (int64_t i = 0; i < rows; ++i, to += 32) {
                 const BF16* const from = static_cast<const BF16*>(g.a) + (first + i) * g.stride_a + k;
-                const __m512i x = load32(from, first32(g.k - k));
-                _mm512_store_si512(to, mixes ? mix(x) : x);
+                _mm512_store_si512(to, load32(from, first32(g.k - k)));
             }
         }
     });
@@ -83,7 +75,7 @@ inline void pack_wide(const Gemm& g, bool mixes, BF16* to) {
 // place(first row, rows) tells where those of x are.
 template <class Place>
 inline void wide_products(WideRows w, int64_t m, int64_t n, bool first, float* sums, Place place) {
-    wide_tiles(m, [&](int64_t from, int64_t rows) {
+    row_tiles(m, kWideX, [&](int64_t from, int64_t rows) {
         float* const to = sums + from * kWideW * 16;
         const auto [x, step, stride] = place(from, rows);
         switch (rows) {
@@ -97,29 +89,13 @@ inline void wide_products(WideRows w, int64_t m, int64_t n, bool first, float* s
     });
 }
 
-// The sums of the lanes of 16 vectors, in order.
-inline __m512 sums_of_lanes(const float* from) {
-    __m512 v[16];
-    for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(from + 16 * i);
-    for (int i = 0; i < 8; ++i) {
-        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    }
-    for (int i = 0; i < 4; ++i) {  // after this each 128 bits hold a sum of each of 4 vectors
-        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
-        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    for (int n = 2; n > 0; n /= 2) {
-        for (int i = 0; i < n; ++i) {
-            const __m512 a = v[2 * i], b = v[2 * i + 1];
-            v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-        }
-    }
-    return v[0];
-}
-
 // Columns [column, column + columns) of y, at most kWideW.
 inline void write_wide(const Gemm& g, int64_t column, int64_t columns, float* sums) {
-    for (int64_t i = 0; i < g.m * kWideW; i += 16) _mm512_store_ps(sums + i, sums_of_lanes(sums + 16 * i));
+    for (int64_t i = 0; i < g.m * kWideW; i += 16) {
+        __m512 lanes[16];
+        for (int j = 0; j < 16; ++j) lanes[j] = _mm512_load_ps(sums + 16 * (i + j));
+        _mm512_store_ps(sums + i, sums_of_lanes(lanes));
+    }
     const __mmask8 inside = static_cast<__mmask8>((1 << columns) - 1);
     __m256 bias = _mm256_setzero_ps();
     if (g.bias) {
@@ -133,28 +109,9 @@ inline void write_wide(const Gemm& g, int64_t column, int64_t columns, float* su
     }
 }
 
-// n elements of rows of an aligned weight, mixed; a scale for each group of 64.
-inline void decode_wide(const uint8_t* const (&packed)[kWideW], const float* const (&scales)[kWideW], int64_t n,
-                        uint16_t* rows) {
-    const Mixed mixed;
-    for (int64_t k = 0; k < n; k += 64) {
-        for (int r = 0; r < kWideW; ++r) {
-            const uint8_t* const from = packed[r] + k / 2;
-            if (k % 128 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + kWideAhead), _MM_HINT_T0);
-            const __m512i table = bf16_table(scales[r][k / 64]);
-            uint16_t* const to = rows + r * WideScratch::kRow + k;
-            _mm512_store_si512(to, mixed.decode(table, from));
-            _mm512_store_si512(to + 32, mixed.decode(table, from + 16));
-        }
-    }
-}
-
 // Columns of y, at most kWideW; x is packed.
 inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t columns, const WideScratch& scratch) {
-    constexpr int64_t kScaled = 4 * kWideSpan;  // elements of a row whose scales are looked up at once
     const int64_t stride = wide_stride(g.k);
-    const bool aligned = !g.dense && is_aligned(g);
-    float scales[kWideW][kScaled / 64];
     // Of fewer columns than kWideW the last is computed again, and not written.
     const auto row = [&](int r) { return column + lesser(r, columns - 1); };
     const auto buffer = [&](int r) { return scratch.rows + r * WideScratch::kRow; };
@@ -174,16 +131,6 @@ inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t colum
                     _mm512_storeu_si512(buffer(r) + k, load32(from + k, first32(n - k)));
                 }
             }
-        } else if (aligned) {
-            const uint8_t* packed[kWideW];
-            const float* scale[kWideW];
-            for (int r = 0; r < kWideW; ++r) {
-                const int64_t at = row(r) * g.k + begin;
-                packed[r] = g.w.packed + at / 2;
-                if (begin % kScaled == 0) scales_of_64(g.w, at, lesser(kScaled, g.k - begin) / 64, scales[r]);
-                scale[r] = scales[r] + begin % kScaled / 64;
-            }
-            decode_wide(packed, scale, n, scratch.rows);
         } else {
             for (int r = 0; r < kWideW; ++r) {
                 const int64_t at = row(r) * g.k + begin;

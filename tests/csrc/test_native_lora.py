@@ -193,7 +193,7 @@ def test_products_with_the_weight(
 
 
 @pytest.mark.parametrize("weight", ["dense", "nf4"])
-@pytest.mark.parametrize("m", [1, 4, 6, 8, 9, 16, 33])
+@pytest.mark.parametrize("m", [1, 4, 6, 8, 9, 16, 24, 33])
 def test_few_rows_with_the_weight(isa: str, m: int, weight: str) -> None:
     """Ranks of several vectors, and rows whose scales are looked up in several pieces, by each kernel for few rows."""
     if weight == "dense" and not _native.takes_dense(torch.bfloat16):

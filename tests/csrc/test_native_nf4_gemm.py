@@ -110,7 +110,7 @@ def test_sums_and_rows_beyond_a_panel(isa: str, shape: tuple[int, int, int], dty
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", [64, 128, 256, 4096])
-@pytest.mark.parametrize("m", [3, 8, 20])
+@pytest.mark.parametrize("m", [3, 8, 20, 30])
 def test_blocks_that_end_within_rows(isa: str, m: int, block_size: int, double_quant: bool) -> None:
     """Rows of 5 times 64: the kernels for aligned rows count the blocks that they meet along rows and down columns."""
     inputs = LinearCase(m, 128, 320, dtype=torch.bfloat16, block_size=block_size, double_quant=double_quant).inputs()
@@ -118,7 +118,9 @@ def test_blocks_that_end_within_rows(isa: str, m: int, block_size: int, double_q
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 300, 512), (3, 301, 513), (8, 256, 256), (70, 128, 320), (300, 65, 1100)])
+@pytest.mark.parametrize(
+    "shape", [(1, 300, 512), (3, 301, 513), (8, 256, 256), (19, 300, 256), (70, 128, 320), (300, 65, 1100)]
+)
 def test_threads_and_repetition_do_not_change_bits(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     m, n, k = shape
     inputs = LinearCase(m, n, k, dtype=dtype, bias=True).inputs()
@@ -129,7 +131,7 @@ def test_threads_and_repetition_do_not_change_bits(isa: str, shape: tuple[int, i
                 assert torch.equal(t, expected[name])
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 20])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 30])
 @pytest.mark.parametrize("k", [128, 130])
 def test_rows_are_independent(isa: str, m: int, k: int) -> None:
     """inf and NaN stay in their row, and a row of zeros gives the bias, whatever its neighbours hold."""
@@ -173,15 +175,20 @@ def test_empty(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(zeros, torch.zeros(m, 64, dtype=dtype))
 
 
-def test_products_equal_dense_ones_of_integers(isa: str) -> None:
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_products_equal_dense_ones_of_integers(isa: str, block_size: int) -> None:
     """Weights of -1, 0 and 1 and small integers in x: every sum is exact, so every path gives the same bits."""
-    for m, n, k in ((1, 64, 64), (4, 67, 192), (8, 130, 320), (9, 64, 64), (33, 65, 321), (7, 128, 4352)):
+    for m, n, k in (
+        (1, 64, 64), (4, 67, 192), (8, 130, 320), (9, 64, 64), (33, 65, 321), (7, 128, 4352),
+        (2, 67, 128), (3, 65, 64), (5, 3, 128), (11, 66, 4352), (17, 131, 128), (24, 1, 192), (25, 66, 128),
+    ):  # fmt: skip
         w = torch.randint(-1, 2, (n, k)).float()
-        w.view(-1)[::32] = 1
-        q = quantize_nf4(w, block_size=32)
+        w.view(-1)[::block_size] = 1
+        bias = torch.randint(-9, 10, (n,)).float()
+        q = quantize_nf4(w, block_size=block_size)
         for dtype in DTYPES:
             x, dy = torch.randint(-3, 4, (m, k)).to(dtype), torch.randint(-3, 4, (m, n)).to(dtype)
-            assert torch.equal(product(x, q), (x.float() @ w.T).to(dtype))
+            assert torch.equal(product(x, q, bias.to(dtype)), (x.float() @ w.T + bias).to(dtype))
             assert torch.equal(product(dy, q, dx=True), (dy.float() @ w).to(dtype))
 
 
