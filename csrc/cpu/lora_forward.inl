@@ -63,11 +63,16 @@ int Lora<V>::forward_few(const LoraForward& f) {
             typename V::F sums[kFewRowsOfS];
             for (int64_t i = 0; i < f.m; ++i) sums[i] = V::zero();
             with_type(adapter.a, adapter.a_dtype, [&](auto* a) {
+                constexpr bool kAsItIs = std::is_same_v<decltype(a), std::conditional_t<kPair == 2, const BF16*, const float*>>;
                 for (int64_t c = 0; c < k; c += kTileColumns) {
                     const int64_t columns = std::min(kTileColumns, k - c), width = round_up(columns, 64 * kPair);
-                    V::pack_row(a + j * k + c, columns, nullptr, my.tile, width);
+                    const auto* row = reinterpret_cast<const uint32_t*>(a + j * k + c);
+                    if (!kAsItIs || width != columns) {
+                        V::pack_row(a + j * k + c, columns, nullptr, my.tile, width);
+                        row = my.tile;
+                    }
                     for (int64_t i = 0; i < f.m; ++i) {
-                        sums[i] = sums[i] + dot<V>(my.tile, my.x + (i * k_padded + c) / kPair, width / kPair);
+                        sums[i] = sums[i] + dot<V>(row, my.x + (i * k_padded + c) / kPair, width / kPair);
                     }
                 }
             });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -201,18 +202,26 @@ def lora_linear(
     check_probability("dropout_p", dropout_p)
     packed = weight.packed if isinstance(weight, NF4Tensor) else weight
     check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
-    scale, seed = _scale_tensor(scale), _seed_tensor(seed, dropout_p, x.device)
-    if is_plain_call(x, packed, lora_a, lora_b, bias, scale):
+    seed = _seed_tensor(seed, dropout_p, x.device)
+    if is_plain_call(x, packed, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None):
+        scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)
         y, _ = _fwd.run(x, x, weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     else:
         y, _ = torch.ops.lora_ops.lora_linear(
-            x, bias, lora_a, lora_b, scale, dropout_p, seed, *operands(weight)
+            x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, seed, *operands(weight)
         )  # fmt: skip
     return y
 
 
 def _adapter_dtypes(x_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (x_dtype,) if x_dtype in (torch.float32, torch.float64) else (x_dtype, torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(scale: float) -> Tensor:
+    """`scale` as a tensor, made once: 1.4 µs, of 80 for a layer in generation."""
+    with torch.inference_mode(False):  # an inference tensor would stay one
+        return torch.scalar_tensor(scale, dtype=torch.float64)
 
 
 def _scale_tensor(scale: float | Tensor) -> Tensor:
