@@ -85,8 +85,9 @@ def test_everything_resident_moves_nothing(adamw: Callable) -> None:
     [("128KiB", 64 << 10), ("1MiB", 128 << 10), ("64MiB", 8 << 20), ("128MiB", 16 << 20), ("9GB", 16 << 20)],
 )
 def test_extents_are_an_eighth_of_the_budget(budget: str, extent: int) -> None:
-    """From 64 KiB to 16 MiB, and a power of two."""
-    assert optimizer_memory([10], page_budget=budget).extent_bytes == extent
+    """From 64 KiB to 16 MiB, on the CPU to 512 KiB, and a power of two."""
+    assert optimizer_memory([10], page_budget=budget, device="cuda").extent_bytes == extent
+    assert optimizer_memory([10], page_budget=budget).extent_bytes == min(extent, 512 << 10)
 
 
 def test_misses_are_the_least_possible(adamw: Callable) -> None:

@@ -16,14 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ops import _native
 from lora_ops.optim.buffers import bytes_of
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.tiers.base import TierStats
 from lora_ops.optim.tiers.folder import PageFolder
+from lora_ops.optim.tiers.passage import PAGE_CHECKSUM, PAGE_STORED, Passage
 
 
 class FileTier:
@@ -103,6 +106,26 @@ class FileTier:
     def release(self, frames: Sequence[Tensor]) -> None:
         """Nothing: the caller's work is done."""
 
+    def stream(self, batch: Passage, update: Callable[[_native.PageTable], _native.PageReport]) -> None:
+        """Have native code move extents and do the caller's work on them, on its threads and not on the one here.
+
+        Args:
+            batch: the extents and frames of a pass; none of them may be on its way. Tells afterwards what is where.
+            update: calls the native code.
+        """
+        self._check_usable()
+        pages = batch.pages
+        sums = pages[:, PAGE_CHECKSUM].view(np.uint64)
+        sums[:] = [self._checksums.get(extent, 0) for extent in range(len(pages))]
+        report = update(batch.table(self._fd, self.extent_bytes))
+        self._checksums.update((e, int(sums[e])) for e in np.flatnonzero(pages[:, PAGE_STORED]).tolist())
+        self.stats.bytes_read += report.bytes_read
+        self.stats.bytes_written += report.bytes_written
+        self.stats.read_seconds += report.read_ns / 1e9
+        self.stats.write_seconds += report.write_ns / 1e9
+        if report.failure:
+            raise self._failure(report)
+
     def bytes_by_tier(self) -> dict[str, int]:
         """Size of the page file."""
         return {"file": self._reserved * self.extent_bytes}
@@ -117,11 +140,14 @@ class FileTier:
         os.close(fd)
         self.folder.close()
 
-    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
+    def _check_usable(self) -> None:
         if self._fd < 0:
             raise PagingError(f"{self.path}: the optimizer that owned these pages was closed")
         if os.getpid() != self.folder.owner:
             raise PagingError(f"{self.path}: belongs to process {self.folder.owner}, of which this one is a fork")
+
+    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
+        self._check_usable()
         return self._worker.submit(_in_turn, work)
 
     def _read(self, extent: int, frame: Tensor) -> None:
@@ -134,16 +160,10 @@ class FileTier:
             except OSError as error:
                 raise self._error("cannot read byte", offset + done, error) from error
             if n == 0:
-                raise PagingError(
-                    f"{self.path}: truncated: extent {extent} should end at byte {offset + len(view)}, the file ends "
-                    f"at {offset + done}; the states are lost, resume from a checkpoint"
-                )
+                raise self._truncated(extent, offset + done)
             done += n
         if checksum(view) != self._checksums.get(extent):
-            raise PagingError(
-                f"{self.path}: extent {extent} (bytes {offset} to {offset + len(view)}) is not what was written there: "
-                "checksum mismatch; the states are lost, resume from a checkpoint"
-            )
+            raise self._changed(extent)
         self.stats.bytes_read += done
         self.stats.read_seconds += time.perf_counter() - start
 
@@ -159,6 +179,27 @@ class FileTier:
                 raise self._error("cannot write byte", offset + done, error) from error
         self.stats.bytes_written += done
         self.stats.write_seconds += time.perf_counter() - start
+
+    def _truncated(self, extent: int, end: int) -> PagingError:
+        return PagingError(
+            f"{self.path}: truncated: extent {extent} should end at byte {(extent + 1) * self.extent_bytes}, the file "
+            f"ends at {end}; the states are lost, resume from a checkpoint"
+        )
+
+    def _changed(self, extent: int) -> PagingError:
+        begin, end = extent * self.extent_bytes, (extent + 1) * self.extent_bytes
+        return PagingError(
+            f"{self.path}: extent {extent} (bytes {begin} to {end}) is not what was written there: "
+            "checksum mismatch; the states are lost, resume from a checkpoint"
+        )
+
+    def _failure(self, report: _native.PageReport) -> PagingError:
+        if report.failure == report.IO_CHECKSUM:
+            return self._changed(report.failed_extent)
+        if report.failure == report.IO_TRUNCATED:
+            return self._truncated(report.failed_extent, report.failed_byte)
+        what = "cannot read byte" if report.failure == report.IO_READ else "cannot write byte"
+        return self._error(what, report.failed_byte, OSError(report.failed_errno, os.strerror(report.failed_errno)))
 
     def _error(self, what: str, number: int, error: OSError) -> PagingError:
         advice = "; free space on that disk or choose another page_dir" if error.errno == errno.ENOSPC else ""
