@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -46,7 +49,8 @@ class AdamW(torch.optim.Optimizer):
         page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier: RAM for parameters
             on the CPU, device memory for those on a CUDA device (one device for all parameters). The others are in a
             file, or in pinned host memory. None: no paging.
-        page_dir: folder for the page file, on a disk of its own right; None: a temporary one. Held by one optimizer.
+        page_dir: folder for the page file, on a disk of its own right, held by one optimizer; None: a temporary file
+            without a name, of which nothing stays even if the process is killed.
         host_budget: on CUDA, bytes of pinned host memory; what exceeds them is in a page file. None: as many as
             page_budget if page_dir is given; else all states are in pinned memory, and there is no page file.
         extent_bytes: size of a page; None: an eighth of the budget, from 64 KiB to 512 KiB, on CUDA to 16 MiB.
@@ -90,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
         self._routine: _Routine | None = None
         self.page_budget = budget
         self._page_device: torch.device | None = None
+        _import_dynamo()
         hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
         self._store: ResidentStates | PagedStates = ResidentStates()
@@ -400,6 +405,18 @@ class _Routine:
 
 
 _NOBODY: tuple[Any, int, int, None, None] = (None, 0, 0, None, None)
+
+
+def _import_dynamo() -> None:
+    """Before torch does so in the first optimizer's first call: what an import leaves behind keeps frames alive.
+
+    Some exception that is caught on the way has a traceback in a reference cycle, and so all frames up to the caller of
+    `AdamW()`, with the optimizer and its pages in them, until the next garbage collection. A thread has its own frames.
+    """
+    if "torch._dynamo" not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+        thread.start()
+        thread.join()
 
 
 def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ class FileTier:
     """Extents in the page file of a folder, each with a checksum that stands in memory.
 
     Args:
-        page_dir: folder of the page file; None: a temporary one. Held by one optimizer at a time.
+        page_dir: folder of the page file, held by one optimizer at a time; None: a temporary file without a name,
+            whose space returns even when the process is killed.
         extent_bytes: size of an extent.
 
     Raises:
@@ -48,21 +50,31 @@ class FileTier:
         self._checksums: dict[int, int] = {}
         self._reserved = 0
         self._lock = threading.Lock()
-        self.folder = PageFolder(page_dir)
-        self.path = self.folder.pages
+        self._owner = os.getpid()
+        self.folder = None if page_dir is None else PageFolder(page_dir)
+        self.path = (
+            Path(tempfile.gettempdir(), "lora_ops.pages (temporary)") if self.folder is None else self.folder.pages
+        )
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd = self._open()
         except OSError as error:
-            self.folder.close()
+            if self.folder is not None:
+                self.folder.close()
             raise PagingError(f"page_dir: cannot create {self.path}: {error.strerror}") from error
         # One thread: transfers take effect in the order of their calls, which is what keeps a frame's write-back
         # before the read that replaces it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora_ops-pages")
 
+    def _open(self) -> int:
+        if self.folder is not None:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with tempfile.TemporaryFile(prefix="lora_ops-pages-", buffering=0) as file:
+            return os.dup(file.fileno())
+
     @property
-    def directory(self) -> Path:
-        """The folder of the page file."""
-        return self.folder.path
+    def directory(self) -> Path | None:
+        """The folder of the page file; a temporary file has none of its own."""
+        return None if self.folder is None else self.folder.path
 
     def new_frame(self) -> Tensor:
         """A frame straight from the kernel: its memory returns when the tensor dies, whatever malloc is tuned to."""
@@ -136,15 +148,16 @@ class FileTier:
             if self._fd < 0:
                 return
             fd, self._fd = self._fd, -1
-        self._worker.shutdown(wait=os.getpid() == self.folder.owner, cancel_futures=True)
+        self._worker.shutdown(wait=os.getpid() == self._owner, cancel_futures=True)
         os.close(fd)
-        self.folder.close()
+        if self.folder is not None:
+            self.folder.close()
 
     def _check_usable(self) -> None:
         if self._fd < 0:
             raise PagingError(f"{self.path}: the optimizer that owned these pages was closed")
-        if os.getpid() != self.folder.owner:
-            raise PagingError(f"{self.path}: belongs to process {self.folder.owner}, of which this one is a fork")
+        if os.getpid() != self._owner:
+            raise PagingError(f"{self.path}: belongs to process {self._owner}, of which this one is a fork")
 
     def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
         self._check_usable()
