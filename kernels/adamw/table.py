@@ -47,6 +47,7 @@ class Table:
         states = self._fields[:, _STATES]
         self._moving = (states != 0).astype(np.int64)  # 32-bit states have no absmax
         self._base = base
+        self._bases = np.zeros(len(self._fields), dtype=np.int64)
 
     @classmethod
     def joined(cls, tables: Sequence[Table]) -> Table:
@@ -58,6 +59,7 @@ class Table:
         table._moving = np.concatenate([table._moving, *(t._moving for t in tables)])
         bases = np.repeat(np.array([t._base for t in tables], dtype=np.int64), [len(t) for t in tables])
         table._fields[:, _STATES] -= bases[:, None] * table._moving
+        table._bases = np.zeros_like(bases)
         return table
 
     @staticmethod
@@ -71,6 +73,12 @@ class Table:
             self._fields[:, _STATES] += (base - self._base) * self._moving
             self._base = base
         return self
+
+    def place(self, addresses: Sequence[int], counts: Sequence[int]) -> None:
+        """Have the states of the first counts[0] slices lie at addresses[0] from now on, and so forth."""
+        bases = np.repeat(np.array(addresses, dtype=np.int64), counts)
+        self._fields[:, _STATES] += (bases - self._bases)[:, None] * self._moving
+        self._bases = bases
 
     @staticmethod
     def run(tables: Sequence[Table], again: Again) -> None:

@@ -148,6 +148,25 @@ class Pager:
         finally:
             self._sweeping = False
 
+    def touch(self, extents: Sequence[int]) -> list[int] | None:
+        """A pass that changes extents which are all in frames, in memory of the host: their addresses.
+
+        Returns:
+            None if one of them is in no frame; nothing has been done then.
+        """
+        if self._sweeping:
+            raise PagingError("pages: a pass over the extents is already under way")
+        pages = [self.table[e] for e in extents]
+        addresses = [page.frame.data_ptr() for page in pages if page.frame is not None]
+        if len(addresses) < len(pages):
+            return None
+        self._reap_writes()
+        for page in pages:
+            page.dirty = True
+        self.stats.sweeps += 1
+        self.stats.hits += len(pages)
+        return addresses
+
     def all_in_frames(self, extents: Sequence[int]) -> bool:
         """Whether a pass over these extents moves nothing."""
         return all(self.table[e].frame is not None for e in extents)

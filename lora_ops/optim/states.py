@@ -173,13 +173,19 @@ class PagedStates:
         tier = self.pager.tier
         if not isinstance(tier, FileTier):
             return swept
-        whole = Table.joined(list(tables.values()))
-        ends = list(accumulate(map(len, tables.values())))
+        whole, here = (Table.joined(list(tables.values())) for _ in range(2))
+        counts = list(map(len, tables.values()))
+        last: list[int] = []
+        ends = list(accumulate(counts))
         bounds = {e: (end - len(table), end) for (e, table), end in zip(tables.items(), ends, strict=True)}
 
         def step(again: Again) -> None:
-            if self.pager.all_in_frames(extents):
-                swept(again)
+            nonlocal last
+            if (addresses := self.pager.touch(extents)) is not None:
+                if addresses != last:
+                    here.place(addresses, counts)
+                    last = addresses
+                Table.run([here], again)
                 return
             self.pager.stream(
                 extents, bounds, lambda passage: tier.stream(passage, lambda pages: whole.run_in_pages(pages, again))
