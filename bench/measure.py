@@ -49,6 +49,7 @@ class Comparison:
         flops: arithmetic of the operation.
         baseline: the contender that ratios are taken over, or a name for the slowest of `slowest_of`.
         makers: by name; names that begin with "lora_ops" are ours.
+        shares_cores: all of `slowest_of` keep every core busy, so that doing them all takes the sum of their times.
     """
 
     op: str
@@ -61,6 +62,7 @@ class Comparison:
     makers: dict[str, Callable[[], Contender]]
     r: int = 0
     slowest_of: tuple[str, ...] = ()
+    shares_cores: bool = False
 
     @property
     def id(self) -> str:
@@ -89,6 +91,7 @@ class Row:
     p90_ms: float | None = None
     rounds: int = 0
     over_baseline: float | None = None
+    over_sum: float | None = None
     baseline: str = ""
     gbps: float | None = None
     gflops: float | None = None
@@ -143,7 +146,9 @@ def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Ef
     times = clock.interleave({name: contender.run for name, contender in ready.items()}, effort)
     medians = {name: statistics.median(t) for name, t in times.items()}
     over = c.slowest_of or (c.baseline,)
-    base = max(medians[name] for name in over) if medians.keys() >= set(over) else None
+    all_there = medians.keys() >= set(over)
+    base = max(medians[name] for name in over) if all_there else None
+    total = sum(medians[name] for name in over) if all_there and c.shares_cores else None
     for name, t in times.items():
         seconds, contender = medians[name], ready[name]
         least = max(contender.bytes / ceilings.copy_bytes_per_s, c.flops / ceilings.flops_per_s)
@@ -163,6 +168,7 @@ def measure(comparison: Comparison, clock: Clock, ceilings: Ceilings, effort: Ef
                 p90_ms=ordered[-1 - len(t) // 10] * 1e3,
                 rounds=len(t),
                 over_baseline=None if base is None else seconds / base,
+                over_sum=None if total is None else seconds / total,
                 baseline=c.baseline,
                 note=contender.note,
                 gbps=contender.bytes / seconds / 1e9,

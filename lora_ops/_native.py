@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_PATH = Path(__file__).with_name("_liblora_ops.so")
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 
 ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 _ISA_AUTO = -1
-_NONFINITE = 2
+_NONFINITE, _IO = 2, 5
 _DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOAT_DTYPES = tuple(_DTYPES)
 
@@ -69,6 +69,39 @@ class Adapter(Structure):
     )
 
 
+class PageTable(Structure):
+    """`lora_ops_page_table`: pointers into arrays, which the caller keeps alive."""
+
+    _fields_ = (
+        ("fd", c_int64),
+        ("extent_bytes", c_int64),
+        ("frames", c_void_p),
+        ("n_frames", c_int64),
+        ("pages", c_void_p),
+        ("n_pages", c_int64),
+        ("order", c_void_p),
+        ("n_order", c_int64),
+        ("spare", c_void_p),
+        ("n_spare", c_int64),
+    )
+
+
+class PageReport(Structure):
+    """`lora_ops_page_report`; `failure` is 0 or one of IO_READ, IO_WRITE, IO_TRUNCATED and IO_CHECKSUM."""
+
+    IO_READ, IO_WRITE, IO_TRUNCATED, IO_CHECKSUM = 1, 2, 3, 4
+    _fields_ = (
+        ("bytes_read", c_int64),
+        ("bytes_written", c_int64),
+        ("read_ns", c_int64),
+        ("write_ns", c_int64),
+        ("failure", c_int64),
+        ("failed_extent", c_int64),
+        ("failed_byte", c_int64),
+        ("failed_errno", c_int64),
+    )
+
+
 _NF4_LINEAR_SHAPE = (c_int64, c_int64, c_void_p, c_int64, c_int64)  # n, k, x, m, stride_x
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_get_isa": (),
@@ -90,6 +123,18 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int),
     ),
     "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
+    "lora_ops_adamw_pages": (
+        POINTER(PageTable),
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_void_p,
+        POINTER(c_uint64),
+        c_int,
+        POINTER(PageReport),
+    ),
     "lora_ops_checksum": (c_void_p, c_int64, POINTER(c_uint64)),
     "lora_ops_dropout_mask": (c_uint64, c_uint32, c_uint32, c_int64, c_int64, c_int64, c_void_p),
 }
@@ -408,6 +453,37 @@ def adamw_fields(
         torch.get_num_threads(),
     )
     _check(status, "adamw", "slices")
+
+
+def adamw_pages(
+    table: PageTable,
+    fields: Any,
+    count: int,
+    constants: Tensor,
+    signed_map: Tensor,
+    unsigned_map: Tensor,
+    seed: int | None,
+) -> PageReport:
+    """`adamw_fields` of slices whose states are in extents of a file, at offsets in them; tells what was moved.
+
+    A file that cannot be read or written is no exception: the report tells.
+    """
+    report = PageReport()
+    status = library().lora_ops_adamw_pages(
+        byref(table),
+        fields,
+        count,
+        constants.data_ptr(),
+        constants.shape[0],
+        signed_map.data_ptr(),
+        unsigned_map.data_ptr(),
+        None if seed is None else byref(c_uint64(seed & (2**64 - 1))),
+        torch.get_num_threads(),
+        byref(report),
+    )
+    if status != _IO:
+        _check(status, "adamw_pages", "slices")
+    return report
 
 
 def checksum(pointer: int, n: int) -> int:

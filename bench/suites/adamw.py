@@ -16,7 +16,9 @@ from bench.measure import Comparison, Contender
 from bench.peers import load
 from bench.plan import Plan
 from bench.suites.common import ours
+from lora_ops.kernels.adamw import Again, Table
 from lora_ops.optim import AdamW, optimizer_memory
+from lora_ops.optim.tiers import FileTier
 
 LR = 1e-3
 CHECKED_STEPS = 3
@@ -35,7 +37,7 @@ def pages(plan: Plan) -> Iterator[Comparison]:
     """Every number of bits, with all pages in memory and with a quarter of them.
 
     Ratios are over the longer of two steps measured apart: one without pages, which only computes, and one without the
-    update, which only moves the same extents.
+    update, which only moves the same extents, by the same code on the same threads.
     """
     for n, k in plan.shapes:
         for bits in (32, 8):
@@ -108,9 +110,15 @@ def _pages(plan: Plan, n: int, k: int, bits: int, budget: int, variant: str) -> 
         made: list[AdamW] = []
         inner = operands.contender(lambda ps: made.append(paged(ps)) or made[0], bits)  # type: ignore[func-returns-value]
         pager = made[0]._store.pager  # type: ignore[union-attr]
+        tier, nothing, no_step = pager.tier, Table([], []), Again([], [], [], [], None)
 
         def run() -> None:
-            for _ in pager.sweep(range(len(pager.table))):
+            extents = range(len(pager.table))
+            if isinstance(tier, FileTier) and Table.serves() and not pager.all_in_frames(extents):
+                no_slices = dict.fromkeys(extents, (0, 0))
+                pager.stream(extents, no_slices, lambda p: tier.stream(p, lambda t: nothing.run_in_pages(t, no_step)))
+                return
+            for _ in pager.sweep(extents):
                 pass
 
         states = optimizer_memory(_sizes(n, k), state_bits=bits).states
@@ -118,7 +126,18 @@ def _pages(plan: Plan, n: int, k: int, bits: int, budget: int, variant: str) -> 
 
     makers = {**ours(plan, lora_ops), COMPUTE: compute, TRANSFERS: transfers}
     baseline = "the longer of its compute and its transfers"
-    return Comparison("adamw_pages", variant, 0, n, k, 0.0, baseline, makers, slowest_of=(COMPUTE, TRANSFERS))
+    return Comparison(
+        "adamw_pages",
+        variant,
+        0,
+        n,
+        k,
+        0.0,
+        baseline,
+        makers,
+        slowest_of=(COMPUTE, TRANSFERS),
+        shares_cores=plan.device == "cpu" and "quarter" in variant,
+    )
 
 
 def _wrong(params: list[Tensor], start: list[Tensor], grads: list[Tensor], bits: int) -> str | None:

@@ -12,6 +12,7 @@
 #include "gemm.inl"
 #include "gemm_f32.inl"
 #include "adamw.inl"
+#include "checksum.inl"
 
 namespace lora_ops {
 namespace {
@@ -262,7 +263,7 @@ struct Avx2Floats {
 
 const GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
 
-const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>};
+const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, checksum_rows};
 
 const Blockwise8Kernels kAvx2Blockwise8 = {blockwise8_quantize<Avx2>, blockwise8_dequantize<Avx2>, adamw<Avx2>};
 

@@ -11,6 +11,7 @@
 #include "gemm.inl"
 #include "gemm_f32.inl"
 #include "blockwise8_avx512.inl"
+#include "checksum.inl"
 
 namespace lora_ops {
 namespace {
@@ -258,7 +259,7 @@ struct Avx512LookUp {
 
 const GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
-const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>};
+const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, checksum_rows};
 
 const Blockwise8Kernels kAvx512Blockwise8 = blockwise8_kernels<Avx512LookUp>();
 

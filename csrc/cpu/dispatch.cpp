@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "checksum.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "nf4_table.h"
@@ -69,6 +70,8 @@ const Kernels& kernels() {
     return kPortableKernels;
 }
 
+}  // namespace
+
 const Blockwise8Kernels& blockwise8_kernels() {
 #if defined(LORA_OPS_X86)
     switch (current_isa()) {
@@ -79,6 +82,8 @@ const Blockwise8Kernels& blockwise8_kernels() {
 #endif
     return kPortableBlockwise8;
 }
+
+namespace {
 
 const GemmKernels& gemm_kernels() {
 #if defined(LORA_OPS_X86)
@@ -267,6 +272,8 @@ Blockwise8Code make_code(const float* map) {
     return code;
 }
 
+}  // namespace
+
 // A code costs 20 µs to make, as much as the step of a small model; nearly every call brings one of the same two maps.
 std::shared_ptr<const Blockwise8Code> code_of(const float* map) {
     static std::mutex mutex;
@@ -277,22 +284,6 @@ std::shared_ptr<const Blockwise8Code> code_of(const float* map) {
     return last;
 }
 
-constexpr int kChecksumLanes = 512;
-constexpr uint64_t kChecksumFactor = 0x9E3779B97F4A7C15u;
-
-uint64_t checksum_mix(uint64_t sum, uint64_t word) {
-    sum += word;
-    return (sum << 29 | sum >> 35) * kChecksumFactor;
-}
-
-void checksum_row(uint64_t* lanes, const char* row) {
-    for (int i = 0; i < kChecksumLanes; ++i) {
-        uint64_t word;
-        memcpy(&word, row + 8 * i, 8);
-        lanes[i] = checksum_mix(lanes[i], word);
-    }
-}
-
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
     if (s.n < 0 || s.row < 0 || s.row >= rows || s.first % 256) return false;
     if (!is_dtype(static_cast<int>(s.param_dtype)) || !is_dtype(static_cast<int>(s.grad_dtype))) return false;
@@ -300,7 +291,28 @@ bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
     return s.n == 0 || (s.param && s.grad && s.exp_avg && s.exp_avg_sq);
 }
 
-}  // namespace
+Checksum::Checksum() {
+    for (int i = 0; i < kChecksumLanes; ++i) lanes_[i] = (i + uint64_t{1}) * kChecksumFactor;
+}
+
+void Checksum::add(const void* bytes, int64_t n) {
+    const char* const data = static_cast<const char*>(bytes);
+    const int64_t whole = n / kChecksumRow * kChecksumRow;
+    kernels().checksum_rows(lanes_, data, whole / kChecksumRow);
+    if (whole < n) {
+        char last[kChecksumRow] = {};
+        memcpy(last, data + whole, static_cast<size_t>(n - whole));
+        kernels().checksum_rows(lanes_, last, 1);
+    }
+    total_ += static_cast<uint64_t>(n);
+}
+
+uint64_t Checksum::value() const {
+    uint64_t total = total_;
+    for (const uint64_t lane : lanes_) total = checksum_mix(total, lane);
+    return total ^ total >> 32;
+}
+
 }  // namespace lora_ops
 
 using namespace lora_ops;
@@ -428,19 +440,8 @@ int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const floa
 
 int lora_ops_checksum(const void* bytes, int64_t n, uint64_t* checksum) {
     if (n < 0 || !checksum || (n && !bytes)) return LORA_OPS_BAD_ARGUMENT;
-    constexpr int64_t kRow = 8 * kChecksumLanes;
-    const char* const data = static_cast<const char*>(bytes);
-    uint64_t lanes[kChecksumLanes];
-    for (int i = 0; i < kChecksumLanes; ++i) lanes[i] = (i + uint64_t{1}) * kChecksumFactor;
-    int64_t done = 0;
-    for (; done + kRow <= n; done += kRow) checksum_row(lanes, data + done);
-    if (done < n) {
-        char last[kRow] = {};
-        memcpy(last, data + done, static_cast<size_t>(n - done));
-        checksum_row(lanes, last);
-    }
-    uint64_t total = static_cast<uint64_t>(n);
-    for (const uint64_t lane : lanes) total = checksum_mix(total, lane);
-    *checksum = total ^ total >> 32;
+    Checksum sum;
+    sum.add(bytes, n);
+    *checksum = sum.value();
     return LORA_OPS_OK;
 }

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include <memory>
+
 #include "lora_ops.h"
 
 namespace lora_ops {
@@ -38,6 +40,7 @@ struct Kernels {
     bool (*nf4_quantize)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t block_size, uint8_t* packed,
                          float* absmax);
     void (*nf4_dequantize)(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, void* out, lora_ops_dtype dtype);
+    void (*checksum_rows)(uint64_t* lanes, const char* data, int64_t rows);
 };
 
 // The codes of AdamW's 8-bit states.
@@ -62,5 +65,10 @@ extern const Blockwise8Kernels kPortableBlockwise8;
 extern const Blockwise8Kernels kAvx2Blockwise8;
 extern const Blockwise8Kernels kAvx512Blockwise8;
 extern const Blockwise8Kernels kAvx512VbmiBlockwise8;
+
+// In dispatch.cpp: the kernels of the instruction set in use, the code of a map, and whether a slice can be worked on.
+const Blockwise8Kernels& blockwise8_kernels();
+std::shared_ptr<const Blockwise8Code> code_of(const float* map);
+bool is_valid(const lora_ops_adamw_slice& s, int64_t rows);
 
 }  // namespace lora_ops

@@ -11,6 +11,7 @@
 #include "gemm.inl"
 #include "gemm_f32.inl"
 #include "adamw.inl"
+#include "checksum.inl"
 
 namespace lora_ops {
 namespace {
@@ -95,7 +96,7 @@ struct PortableFloats {
 
 const GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
-const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>};
+const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>, checksum_rows};
 
 const Blockwise8Kernels kPortableBlockwise8 = {blockwise8_quantize<Portable>, blockwise8_dequantize<Portable>, adamw<Portable>};
 

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised with every change that an older caller would not survive; lora_ops/_native.py holds the same number. */
-#define LORA_OPS_ABI_VERSION 2
+#define LORA_OPS_ABI_VERSION 3
 
 typedef enum {
     LORA_OPS_OK = 0,
@@ -26,6 +26,7 @@ typedef enum {
     LORA_OPS_NONFINITE = 2,       /* an input holds inf or NaN */
     LORA_OPS_UNSUPPORTED_ISA = 3, /* this machine, or this build, lacks the instruction set */
     LORA_OPS_NO_MEMORY = 4,
+    LORA_OPS_IO = 5, /* a file could not be read or written, or holds something else */
 } lora_ops_status;
 
 typedef enum {
@@ -90,6 +91,41 @@ typedef struct {
     int64_t n, param_dtype, grad_dtype;
     int64_t row, stream, step, first;
 } lora_ops_adamw_slice;
+
+/* An extent of AdamW's states: in a frame, in the file, or in neither, which means zeros. */
+typedef struct {
+    int64_t frame;      /* the one that holds it, or -1 */
+    int64_t dirty;      /* the frame holds what the file does not */
+    int64_t stored;     /* the file holds it, with this checksum */
+    uint64_t checksum;
+    int64_t begin, end; /* its slices in a step */
+} lora_ops_page;
+
+typedef struct {
+    int64_t fd;
+    int64_t extent_bytes; /* a multiple of 4096 */
+    char* const* frames;  /* of extent_bytes each */
+    int64_t n_frames;
+    lora_ops_page* pages; /* by extent: extent i is at byte i * extent_bytes of the file */
+    int64_t n_pages;
+    const int64_t* order; /* extents of a step, those that are in frames first */
+    int64_t n_order;
+    const int64_t* spare; /* frames that hold no extent of the step, those to be used first last */
+    int64_t n_spare;
+} lora_ops_page_table;
+
+typedef enum {
+    LORA_OPS_IO_READ = 1,
+    LORA_OPS_IO_WRITE = 2,
+    LORA_OPS_IO_TRUNCATED = 3, /* the file ends at `byte` */
+    LORA_OPS_IO_CHECKSUM = 4,
+} lora_ops_io_failure;
+
+/* What a step moved between frames and the file, the nanoseconds that threads took for it, and what failed first. */
+typedef struct {
+    int64_t bytes_read, bytes_written, read_ns, write_ns;
+    int64_t failure, failed_extent, failed_byte, failed_errno;
+} lora_ops_page_report;
 
 LORA_OPS_API int lora_ops_abi_version(void);
 
@@ -157,6 +193,15 @@ LORA_OPS_API int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t 
 LORA_OPS_API int lora_ops_adamw(const lora_ops_adamw_slice* slices, int64_t count, const float* constants, int64_t rows,
                                 const float* signed_map, const float* unsigned_map, const uint64_t* seed,
                                 int n_threads);
+
+/* `lora_ops_adamw` of slices in extents: addresses of states are offsets in their extent. Each thread takes one extent
+ * after the other; where an extent is not in a frame, a frame that is done with is written back if it is dirty and read
+ * into. Pages then tell where everything is. With LORA_OPS_IO the step is incomplete, and a frame that was being read into
+ * is no extent's; the report is written with LORA_OPS_OK too. */
+LORA_OPS_API int lora_ops_adamw_pages(const lora_ops_page_table* table, const lora_ops_adamw_slice* slices, int64_t count,
+                                      const float* constants, int64_t rows, const float* signed_map,
+                                      const float* unsigned_map, const uint64_t* seed, int n_threads,
+                                      lora_ops_page_report* report);
 
 /* The checksum of n bytes; lora_ops/optim/checksum.py defines it. */
 LORA_OPS_API int lora_ops_checksum(const void* bytes, int64_t n, uint64_t* checksum);

@@ -47,6 +47,20 @@ class Table:
         states = self._fields[:, _STATES]
         self._moving = (states != 0).astype(np.int64)  # 32-bit states have no absmax
         self._base = base
+        self._bases = np.zeros(len(self._fields), dtype=np.int64)
+
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """The slices of some tables, one table after the other, with states at address 0."""
+        table = cls([], [])
+        table._fields = np.concatenate([table._fields, *(t._fields for t in tables)])
+        table._owners = np.concatenate([table._owners, *(t._owners for t in tables)])
+        table._offsets = np.concatenate([table._offsets, *(t._offsets for t in tables)])
+        table._moving = np.concatenate([table._moving, *(t._moving for t in tables)])
+        bases = np.repeat(np.array([t._base for t in tables], dtype=np.int64), [len(t) for t in tables])
+        table._fields[:, _STATES] -= bases[:, None] * table._moving
+        table._bases = np.zeros_like(bases)
+        return table
 
     @staticmethod
     def serves() -> bool:
@@ -60,20 +74,41 @@ class Table:
             self._base = base
         return self
 
+    def place(self, addresses: Sequence[int], counts: Sequence[int]) -> None:
+        """Have the states of the first counts[0] slices lie at addresses[0] from now on, and so forth."""
+        bases = np.repeat(np.array(addresses, dtype=np.int64), counts)
+        self._fields[:, _STATES] += (bases - self._bases)[:, None] * self._moving
+        self._bases = bases
+
     @staticmethod
     def run(tables: Sequence[Table], again: Again) -> None:
         """One step of all slices of some tables, in one kernel call."""
-        grads, index, steps = (np.array(v, dtype=np.int64) for v in (again.grads, again.index, again.steps))
         for table in tables:
-            fields, owners = table._fields, table._owners
-            fields[:, _GRAD] = grads[owners] + table._offsets
-            fields[:, _ROW] = index[owners]
-            fields[:, _STEP] = steps[owners]
+            table._renew(again)
         together = tables[0]._fields if len(tables) == 1 else np.concatenate([table._fields for table in tables])
         constants = torch.tensor(again.rows, dtype=torch.float32)
         _native.adamw_fields(
             together.ctypes.data, len(together), constants, dynamic_map(True), dynamic_map(False), again.seed
         )
+
+    def run_in_pages(self, pages: _native.PageTable, again: Again) -> _native.PageReport:
+        """One step of all slices, whose states are brought from a file and written back; they lie at address 0."""
+        if self._base:
+            raise ValueError(f"base: expected 0, where states are at offsets in their extents, got {self._base}")
+        self._renew(again)
+        constants = torch.tensor(again.rows, dtype=torch.float32)
+        return _native.adamw_pages(
+            pages, self._fields.ctypes.data, len(self), constants, dynamic_map(True), dynamic_map(False), again.seed
+        )
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def _renew(self, again: Again) -> None:
+        grads, index, steps = (np.array(v, dtype=np.int64) for v in (again.grads, again.index, again.steps))
+        self._fields[:, _GRAD] = grads[self._owners] + self._offsets
+        self._fields[:, _ROW] = index[self._owners]
+        self._fields[:, _STEP] = steps[self._owners]
 
 
 def _fields(s: Slice) -> list[int]:

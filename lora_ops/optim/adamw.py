@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -46,10 +49,11 @@ class AdamW(torch.optim.Optimizer):
         page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier: RAM for parameters
             on the CPU, device memory for those on a CUDA device (one device for all parameters). The others are in a
             file, or in pinned host memory. None: no paging.
-        page_dir: folder for the page file, on a disk of its own right; None: a temporary one. Held by one optimizer.
+        page_dir: folder for the page file, on a disk of its own right, held by one optimizer; None: a temporary file
+            without a name, of which nothing stays even if the process is killed.
         host_budget: on CUDA, bytes of pinned host memory; what exceeds them is in a page file. None: as many as
             page_budget if page_dir is given; else all states are in pinned memory, and there is no page file.
-        extent_bytes: size of a page; None: an eighth of the budget, from 64 KiB to 16 MiB.
+        extent_bytes: size of a page; None: an eighth of the budget, from 64 KiB to 512 KiB, on CUDA to 16 MiB.
         stochastic_rounding: round bfloat16 parameters stochastically instead of to nearest even.
         seed: of stochastic rounding. The bits depend on seed, parameter, step and element, and on nothing else.
 
@@ -83,12 +87,6 @@ class AdamW(torch.optim.Optimizer):
             if budget is None and given is not None:
                 raise ValueError(f"{name}: expected together with page_budget, got {name} alone")
         pinned = None if host_budget is None else parse_bytes("host_budget", host_budget)
-        extent = None
-        if budget is not None:
-            extent = choose_extent_bytes(budget) if extent_bytes is None else extent_bytes
-            check_extents(budget, extent)
-            if pinned is not None and pinned < 2 * extent:
-                raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
         self._seed = seed if stochastic_rounding else None
         self._failed: str | None = None
         self._added: set[int] = set()
@@ -96,21 +94,31 @@ class AdamW(torch.optim.Optimizer):
         self._routine: _Routine | None = None
         self.page_budget = budget
         self._page_device: torch.device | None = None
+        _import_dynamo()
         hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
         self._store: ResidentStates | PagedStates = ResidentStates()
-        if budget is not None and extent is not None:
-            pager = Pager(self._tier(page_dir, pinned, extent), budget // extent)
+        if budget is not None:
+            self._page_device = self._only_device()
+            extent = extent_bytes or choose_extent_bytes(budget, self._page_device.type)
+            check_extents(budget, extent)
+            if pinned is not None and pinned < 2 * extent:
+                raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
+            pager = Pager(self._tier(self._page_device, page_dir, pinned, extent), budget // extent)
             self._store = PagedStates(pager, extent)
         # Not __del__: this also runs at the interpreter's exit, and never on a half-made optimizer.
         self._finalizer = weakref.finalize(self, self._store.close)
 
-    def _tier(self, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int) -> Tier:
+    def _only_device(self) -> torch.device:
         devices = {p.device for p in self._params()}
         if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
             names = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"page_budget: expected all parameters on the CPU or on one CUDA device, got {names}")
-        self._page_device = device = devices.pop()
+        return devices.pop()
+
+    def _tier(
+        self, device: torch.device, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int
+    ) -> Tier:
         if device.type == "cpu":
             if host_budget is not None:
                 raise ValueError(
@@ -397,6 +405,18 @@ class _Routine:
 
 
 _NOBODY: tuple[Any, int, int, None, None] = (None, 0, 0, None, None)
+
+
+def _import_dynamo() -> None:
+    """Before torch does so in the first optimizer's first call: what an import leaves behind keeps frames alive.
+
+    Some exception that is caught on the way has a traceback in a reference cycle, and so all frames up to the caller of
+    `AdamW()`, with the optimizer and its pages in them, until the next garbage collection. A thread has its own frames.
+    """
+    if "torch._dynamo" not in sys.modules:
+        thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+        thread.start()
+        thread.join()
 
 
 def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.tiers import Tier, Transfer
+from lora_ops.optim.tiers.passage import PAGE_CHECKSUM, PAGE_FIELDS, PAGE_FRAME, PAGE_SLICES, PAGE_STORED, Passage
 
 MAX_AHEAD = 8  # extents fetched ahead: enough to cover the jitter of a disk, and not a large part of the budget
 RESIDENT_BATCH = 4  # resident extents computed at a time while others stream
@@ -122,6 +124,53 @@ class Pager:
             self._sweeping = False
             self._settle(work)
 
+    def stream(
+        self, extents: Sequence[int], slices: Mapping[int, tuple[int, int]], run: Callable[[Passage], None]
+    ) -> None:
+        """A pass that reads and changes extents, in which `run` moves them as well as it does the work on them.
+
+        Args:
+            extents: distinct numbers.
+            slices: (begin, end) of each extent's slices, for `run`.
+            run: `FileTier.stream`, which tells in the passage where everything is.
+        """
+        if self._sweeping:
+            raise PagingError("pages: a pass over the extents is already under way")
+        self._sweeping = True
+        try:
+            while self._writes:
+                self._writes.popleft().result()
+            passage = self._passage(extents, slices)
+            try:
+                run(passage)
+            finally:
+                self._adopt(passage)
+        finally:
+            self._sweeping = False
+
+    def touch(self, extents: Sequence[int]) -> list[int] | None:
+        """A pass that changes extents which are all in frames, in memory of the host: their addresses.
+
+        Returns:
+            None if one of them is in no frame; nothing has been done then.
+        """
+        if self._sweeping:
+            raise PagingError("pages: a pass over the extents is already under way")
+        pages = [self.table[e] for e in extents]
+        addresses = [page.frame.data_ptr() for page in pages if page.frame is not None]
+        if len(addresses) < len(pages):
+            return None
+        self._reap_writes()
+        for page in pages:
+            page.dirty = True
+        self.stats.sweeps += 1
+        self.stats.hits += len(pages)
+        return addresses
+
+    def all_in_frames(self, extents: Sequence[int]) -> bool:
+        """Whether a pass over these extents moves nothing."""
+        return all(self.table[e].frame is not None for e in extents)
+
     def frames_in_use(self) -> int:
         """Frames that exist; each takes extent_bytes of the fast tier."""
         return self.stats.frames
@@ -131,6 +180,37 @@ class Pager:
         self.table = []
         self._free = []
         self.tier.close()
+
+    def _passage(self, extents: Sequence[int], slices: Mapping[int, tuple[int, int]]) -> Passage:
+        work = self._start(extents, read=True)
+        for _ in range(min(self.n_frames - self.stats.frames, len(work.missing) - len(self._free))):
+            self._free.append(self._new_frame())
+        pages = np.zeros((len(self.table), PAGE_FIELDS), dtype=np.int64)
+        frames: list[Tensor] = []
+        for e, page in enumerate(self.table):
+            pages[e, :PAGE_CHECKSUM] = -1, page.dirty, page.stored
+            if page.frame is not None:
+                pages[e, PAGE_FRAME] = len(frames)
+                frames.append(page.frame)
+        for e in extents:
+            pages[e, PAGE_SLICES] = slices[e]
+        spare = [*pages[work.idle, PAGE_FRAME].tolist(), *range(len(frames), len(frames) + len(self._free))]
+        order = np.array([*work.resident, *work.missing], dtype=np.int64)
+        return Passage(pages, [*frames, *self._free], order, np.array(spare, dtype=np.int64))
+
+    def _adopt(self, passage: Passage) -> None:
+        """Take over where extents are now."""
+        used = set()
+        for page, (number, dirty, stored) in zip(self.table, passage.pages[:, : PAGE_STORED + 1].tolist(), strict=True):
+            page.frame = passage.frames[number] if number >= 0 else None
+            page.dirty, page.stored = bool(dirty), bool(stored)
+            used.add(number)
+        self._free = [frame for number, frame in enumerate(passage.frames) if number not in used]
+
+    def _new_frame(self) -> Tensor:
+        self.stats.frames += 1
+        self.stats.peak_frames = max(self.stats.peak_frames, self.stats.frames)
+        return self.tier.new_frame()
 
     def _start(self, extents: Sequence[int], read: bool) -> Sweep:
         wanted = set(extents)
@@ -206,9 +286,7 @@ class Pager:
         if self._free:
             return self._free.pop()
         if self.stats.frames < self.n_frames:
-            self.stats.frames += 1
-            self.stats.peak_frames = max(self.stats.peak_frames, self.stats.frames)
-            return self.tier.new_frame()
+            return self._new_frame()
         victim = work.victim()
         if victim is None:
             return None

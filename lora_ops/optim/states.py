@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from lora_ops.kernels.adamw import Again, Slice, Table, adamw_
 from lora_ops.optim.layout import Packer, Segment, States, converted, new_states, views
 from lora_ops.optim.pages import Pager
+from lora_ops.optim.tiers import FileTier
 
 _FILL = 1 << 20  # elements that are loaded at a time, in whole blocks: what a file gives is in memory twice
 
@@ -164,9 +166,30 @@ class PagedStates:
             tables[extent] = Table(slices, [i for i, _ in members], anywhere.data_ptr())
         extents = list(tables)
 
-        def step(again: Again) -> None:
+        def swept(again: Again) -> None:
             for batch in self.pager.sweep(extents):
                 Table.run([tables[extent].move(frame.data_ptr()) for extent, frame in batch], again)
+
+        tier = self.pager.tier
+        if not isinstance(tier, FileTier):
+            return swept
+        whole, here = (Table.joined(list(tables.values())) for _ in range(2))
+        counts = list(map(len, tables.values()))
+        last: list[int] = []
+        ends = list(accumulate(counts))
+        bounds = {e: (end - len(table), end) for (e, table), end in zip(tables.items(), ends, strict=True)}
+
+        def step(again: Again) -> None:
+            nonlocal last
+            if (addresses := self.pager.touch(extents)) is not None:
+                if addresses != last:
+                    here.place(addresses, counts)
+                    last = addresses
+                Table.run([here], again)
+                return
+            self.pager.stream(
+                extents, bounds, lambda passage: tier.stream(passage, lambda pages: whole.run_in_pages(pages, again))
+            )
 
         return step
 

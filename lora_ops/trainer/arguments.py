@@ -54,6 +54,10 @@ class SFTArguments:
     page_dir: str | None = _help(
         "folder of that file; a temporary one if not given. On CUDA: puts a file behind as much pinned memory", None
     )
+    host_budget: str | None = _help(
+        "on CUDA: most bytes of pinned host memory, as in 8GiB; others in a file. All are pinned if it is not given",
+        None,
+    )
     num_train_epochs: float = _help("passes over the dataset, unless max_steps is positive", 1.0)
     max_steps: int = _help("optimizer steps; -1 goes by num_train_epochs", -1)
     per_device_train_batch_size: int = _help("sequences a step and device", 8)
@@ -78,8 +82,9 @@ class SFTArguments:
             raise ValueError(f"quantize: expected 'nf4' or 'none', got {self.quantize!r}")
         if self.full and self.quantize != "none":
             raise ValueError(f"full: expected with quantize 'none', got {self.quantize!r}: 4-bit weights are frozen")
-        if self.page_dir is not None and not self.pages():
-            raise ValueError("page_dir: expected together with page_budget or a paged optim")
+        for name in ("page_dir", "host_budget"):
+            if getattr(self, name) is not None and not self.pages():
+                raise ValueError(f"{name}: expected together with page_budget or a paged optim")
         sizes = "lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps max_length logging_steps"
         for name in sizes.split():
             if getattr(self, name) < 1:

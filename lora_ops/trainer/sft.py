@@ -167,7 +167,11 @@ def _optimizer(args: SFTArguments) -> tuple[type, dict[str, Any]] | None:
     if not (args.pages() or args.optim in ("adamw_8bit", "adamw_bnb_8bit")):
         return None
     return trainer_optimizer(
-        args.optim, lr=args.learning_rate, page_budget=args.page_budget, page_dir=args.page_dir
+        args.optim,
+        lr=args.learning_rate,
+        page_budget=args.page_budget,
+        page_dir=args.page_dir,
+        host_budget=args.host_budget,
     )  # betas and eps: transformers' defaults are ours
 
 

@@ -16,11 +16,15 @@ LENGTHS = (0, 1, 7, 8, 9, 4095, 4096, 4097, 8192, 20_001)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-def test_native_equals_numpy(n: int) -> None:
+@pytest.mark.parametrize("isa", _native.ISAS)
+def test_native_equals_numpy(isa: str, n: int) -> None:
     if reason := _native.unavailable_reason():
         pytest.skip(reason)
+    if isa not in _native.supported_isas():
+        pytest.skip(f"this machine has no {isa}")
     view = memoryview(random.Random(n).randbytes(n))
-    assert checksum(view) == portable_checksum(view)
+    with _native.force_isa(isa):
+        assert checksum(view) == portable_checksum(view)
 
 
 def test_values_stay() -> None:

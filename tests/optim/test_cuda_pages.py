@@ -34,7 +34,7 @@ class SimulatedAdamW(AdamW):
         self.simulated = device
         super().__init__(params, extent_bytes=EXTENT, page_budget=device.budget, **kwargs)
 
-    def _tier(self, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
+    def _tier(self, device: torch.device, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
         tier = self._cuda_tier(self.simulated, page_dir, host_budget, extent_bytes)
         if tier.file is not None:
             tier.file._worker = SimulatedWorker(self.simulated)  # type: ignore[assignment]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_ops import _native
 from lora_ops.optim import AdamW, PagingError, optimizer_memory
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.states import PagedStates
@@ -205,6 +206,40 @@ def test_a_write_that_fails_behind_the_step_is_seen_ever_after(tmp_path: Path, m
     for _ in range(2):
         with pytest.raises(PagingError, match="checksum mismatch"):
             optimizer.state_dict()
+    optimizer.close()
+
+
+@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+@pytest.mark.parametrize(("flags", "what"), [(os.O_RDONLY, "write"), (os.O_WRONLY, "read")])
+def test_a_routine_step_on_a_disk_that_fails(flags: int, what: str, tmp_path: Path) -> None:
+    """The error names the file; frames are not lost, and what was half written is not taken for an extent."""
+    p, optimizer = paged(tmp_path)
+    optimizer.save_checkpoint(tmp_path / "x", params=True)
+    assert isinstance(optimizer._store, PagedStates)
+    pager = optimizer._store.pager
+    for _ in range(6):  # more often than there are frames
+        for _ in range(3):
+            step(p, optimizer)
+        assert optimizer._routine is not None
+        good = os.dup(pager.tier._fd)  # type: ignore[attr-defined]
+        bad = os.open(tmp_path / "lora_ops.pages", flags)
+        os.dup2(bad, pager.tier._fd)  # type: ignore[attr-defined]
+        with pytest.raises(
+            PagingError, match=rf"{tmp_path}/lora_ops.pages: cannot {what} byte \d+: Bad file descriptor"
+        ):
+            step(p, optimizer)
+        os.dup2(good, pager.tier._fd)  # type: ignore[attr-defined]
+        os.close(good)
+        os.close(bad)
+        assert len(pager._free) + sum(page.frame is not None for page in pager.table) == 4
+        with pytest.raises(PagingError, match="a step was cut short"):
+            optimizer.save_checkpoint(tmp_path / "bad")
+        optimizer.load_checkpoint(tmp_path / "x")
+    before = optimizer.paging_stats()
+    step(p, optimizer)
+    after = optimizer.paging_stats()
+    assert after.hits - before.hits == 4
+    assert after.resident == 4 * EXTENT
     optimizer.close()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_ops import _native
-from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, optimizer_memory
+from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, PagingError, optimizer_memory
 from tests.optim.conftest import EXTENT, Run, assert_equal, state_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +87,9 @@ def test_everything_resident_moves_nothing(adamw: Callable) -> None:
     [("128KiB", 64 << 10), ("1MiB", 128 << 10), ("64MiB", 8 << 20), ("128MiB", 16 << 20), ("9GB", 16 << 20)],
 )
 def test_extents_are_an_eighth_of_the_budget(budget: str, extent: int) -> None:
-    """From 64 KiB to 16 MiB, and a power of two."""
-    assert optimizer_memory([10], page_budget=budget).extent_bytes == extent
+    """From 64 KiB to 16 MiB, on the CPU to 512 KiB, and a power of two."""
+    assert optimizer_memory([10], page_budget=budget, device="cuda").extent_bytes == extent
+    assert optimizer_memory([10], page_budget=budget).extent_bytes == min(extent, 512 << 10)
 
 
 def test_misses_are_the_least_possible(adamw: Callable) -> None:
@@ -133,13 +136,52 @@ def test_memory_and_files_return(tmp_path: Path) -> None:
     again.close()
 
 
-def test_temporary_folder_goes_with_the_optimizer() -> None:
-    p = nn.Parameter(torch.randn(1 << 14))
-    optimizer = AdamW([p], page_budget=2 * EXTENT, extent_bytes=EXTENT)
-    folder = optimizer._folder()
-    assert folder.is_dir()
-    optimizer.close()
-    assert not folder.exists()
+KILLED = """
+import os, signal, sys, tempfile, torch
+from lora_ops.optim import AdamW
+p = torch.nn.Parameter(torch.ones(1 << 16))
+p.grad = torch.ones(1 << 16)
+optimizer = AdamW([p], page_budget=1 << 15, extent_bytes=1 << 14)
+for _ in range(4):
+    optimizer.step()
+assert optimizer.paging_stats().written > 0
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_temporary_stays_of_a_killed_process(tmp_path: Path) -> None:
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_file_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/self")
+    with pytest.raises(PagingError, match=r"page_dir: cannot create /proc/self/lora_ops\.pages \(temporary\): "):
+        AdamW([nn.Parameter(torch.ones(3))], page_budget="1MiB")
+
+
+FIRST = """
+import gc, weakref, torch
+from lora_ops.optim import AdamW
+gc.collect()
+gc.disable()
+def make():
+    p = torch.nn.Parameter(torch.ones(1 << 14))
+    p.grad = torch.ones(1 << 14)
+    optimizer = AdamW([p], page_budget=1 << 15, extent_bytes=1 << 14)
+    for _ in range(3):
+        optimizer.step()
+    return weakref.ref(optimizer)
+assert make()() is None, "it lives on"
+"""
+
+
+def test_the_first_optimizer_goes_without_a_garbage_collection() -> None:
+    """In a process of its own: torch imports its compiler in the first one."""
+    done = subprocess.run([sys.executable, "-c", FIRST], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_bitsandbytes() -> None:

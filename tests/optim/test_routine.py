@@ -83,6 +83,30 @@ def test_a_routine_step_gives_the_same_bits(bits: int, pages: dict[str, int] | N
         twins.fast.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("frames", [2, 3, 7])
+def test_threads_that_stream_do_not_change_bits(frames: int, threads: int) -> None:
+    """Which thread takes which extent, and in which frame, is left to chance."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for bits in (32, 8):
+            pages = {"page_budget": frames * 4096, "extent_bytes": 4096}
+            twins = Twins(pages, state_bits=bits)
+            assert [twins.step() for _ in range(12)] == [False, False, *[True] * 10]
+            stats = twins.fast.paging_stats()
+            assert stats.peak <= stats.budget
+            # All but what is in frames moves both ways in each step, and that is the least that has to.
+            read, written = stats.read, stats.written
+            assert twins.fast.step() is None
+            stats = twins.fast.paging_stats()
+            missing = (stats.extents - min(frames, stats.extents)) * 4096
+            assert (stats.read - read, stats.written - written) == (missing, missing)
+            twins.fast.close()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES.keys())
 def test_what_ends_a_routine(pages: dict[str, int] | None) -> None:
     """A gradient that is missing or strided, storage or size that changes, groups that grow, a loaded state."""

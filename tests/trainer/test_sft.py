@@ -169,6 +169,7 @@ def test_names_of_bitsandbytes_are_ours(tiny_model, questions, tmp_path, optim, 
     [
         ({"full": True}, "full: expected with quantize 'none', got 'nf4'"),
         ({"page_dir": "x"}, "page_dir: expected together with page_budget or a paged optim"),
+        ({"host_budget": "8GiB"}, "host_budget: expected together with page_budget or a paged optim"),
         ({"quantize": "int3"}, "quantize: expected 'nf4' or 'none', got 'int3'"),
         ({"lora_r": 0}, "lora_r: expected at least 1, got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout: expected a number in \[0, 1\), got 1.0"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,21 +17,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ops import _native
 from lora_ops.optim.buffers import bytes_of
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.tiers.base import TierStats
 from lora_ops.optim.tiers.folder import PageFolder
+from lora_ops.optim.tiers.passage import PAGE_CHECKSUM, PAGE_STORED, Passage
 
 
 class FileTier:
     """Extents in the page file of a folder, each with a checksum that stands in memory.
 
     Args:
-        page_dir: folder of the page file; None: a temporary one. Held by one optimizer at a time.
+        page_dir: folder of the page file, held by one optimizer at a time; None: a temporary file without a name,
+            whose space returns even when the process is killed.
         extent_bytes: size of an extent.
 
     Raises:
@@ -45,21 +50,31 @@ class FileTier:
         self._checksums: dict[int, int] = {}
         self._reserved = 0
         self._lock = threading.Lock()
-        self.folder = PageFolder(page_dir)
-        self.path = self.folder.pages
+        self._owner = os.getpid()
+        self.folder = None if page_dir is None else PageFolder(page_dir)
+        self.path = (
+            Path(tempfile.gettempdir(), "lora_ops.pages (temporary)") if self.folder is None else self.folder.pages
+        )
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd = self._open()
         except OSError as error:
-            self.folder.close()
+            if self.folder is not None:
+                self.folder.close()
             raise PagingError(f"page_dir: cannot create {self.path}: {error.strerror}") from error
         # One thread: transfers take effect in the order of their calls, which is what keeps a frame's write-back
         # before the read that replaces it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora_ops-pages")
 
+    def _open(self) -> int:
+        if self.folder is not None:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with tempfile.TemporaryFile(prefix="lora_ops-pages-", buffering=0) as file:
+            return os.dup(file.fileno())
+
     @property
-    def directory(self) -> Path:
-        """The folder of the page file."""
-        return self.folder.path
+    def directory(self) -> Path | None:
+        """The folder of the page file; a temporary file has none of its own."""
+        return None if self.folder is None else self.folder.path
 
     def new_frame(self) -> Tensor:
         """A frame straight from the kernel: its memory returns when the tensor dies, whatever malloc is tuned to."""
@@ -103,6 +118,26 @@ class FileTier:
     def release(self, frames: Sequence[Tensor]) -> None:
         """Nothing: the caller's work is done."""
 
+    def stream(self, batch: Passage, update: Callable[[_native.PageTable], _native.PageReport]) -> None:
+        """Have native code move extents and do the caller's work on them, on its threads and not on the one here.
+
+        Args:
+            batch: the extents and frames of a pass; none of them may be on its way. Tells afterwards what is where.
+            update: calls the native code.
+        """
+        self._check_usable()
+        pages = batch.pages
+        sums = pages[:, PAGE_CHECKSUM].view(np.uint64)
+        sums[:] = [self._checksums.get(extent, 0) for extent in range(len(pages))]
+        report = update(batch.table(self._fd, self.extent_bytes))
+        self._checksums.update((e, int(sums[e])) for e in np.flatnonzero(pages[:, PAGE_STORED]).tolist())
+        self.stats.bytes_read += report.bytes_read
+        self.stats.bytes_written += report.bytes_written
+        self.stats.read_seconds += report.read_ns / 1e9
+        self.stats.write_seconds += report.write_ns / 1e9
+        if report.failure:
+            raise self._failure(report)
+
     def bytes_by_tier(self) -> dict[str, int]:
         """Size of the page file."""
         return {"file": self._reserved * self.extent_bytes}
@@ -113,15 +148,19 @@ class FileTier:
             if self._fd < 0:
                 return
             fd, self._fd = self._fd, -1
-        self._worker.shutdown(wait=os.getpid() == self.folder.owner, cancel_futures=True)
+        self._worker.shutdown(wait=os.getpid() == self._owner, cancel_futures=True)
         os.close(fd)
-        self.folder.close()
+        if self.folder is not None:
+            self.folder.close()
 
-    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
+    def _check_usable(self) -> None:
         if self._fd < 0:
             raise PagingError(f"{self.path}: the optimizer that owned these pages was closed")
-        if os.getpid() != self.folder.owner:
-            raise PagingError(f"{self.path}: belongs to process {self.folder.owner}, of which this one is a fork")
+        if os.getpid() != self._owner:
+            raise PagingError(f"{self.path}: belongs to process {self._owner}, of which this one is a fork")
+
+    def _submit(self, *work: Callable[[], Any] | None) -> Future[Any]:
+        self._check_usable()
         return self._worker.submit(_in_turn, work)
 
     def _read(self, extent: int, frame: Tensor) -> None:
@@ -134,16 +173,10 @@ class FileTier:
             except OSError as error:
                 raise self._error("cannot read byte", offset + done, error) from error
             if n == 0:
-                raise PagingError(
-                    f"{self.path}: truncated: extent {extent} should end at byte {offset + len(view)}, the file ends "
-                    f"at {offset + done}; the states are lost, resume from a checkpoint"
-                )
+                raise self._truncated(extent, offset + done)
             done += n
         if checksum(view) != self._checksums.get(extent):
-            raise PagingError(
-                f"{self.path}: extent {extent} (bytes {offset} to {offset + len(view)}) is not what was written there: "
-                "checksum mismatch; the states are lost, resume from a checkpoint"
-            )
+            raise self._changed(extent)
         self.stats.bytes_read += done
         self.stats.read_seconds += time.perf_counter() - start
 
@@ -159,6 +192,27 @@ class FileTier:
                 raise self._error("cannot write byte", offset + done, error) from error
         self.stats.bytes_written += done
         self.stats.write_seconds += time.perf_counter() - start
+
+    def _truncated(self, extent: int, end: int) -> PagingError:
+        return PagingError(
+            f"{self.path}: truncated: extent {extent} should end at byte {(extent + 1) * self.extent_bytes}, the file "
+            f"ends at {end}; the states are lost, resume from a checkpoint"
+        )
+
+    def _changed(self, extent: int) -> PagingError:
+        begin, end = extent * self.extent_bytes, (extent + 1) * self.extent_bytes
+        return PagingError(
+            f"{self.path}: extent {extent} (bytes {begin} to {end}) is not what was written there: "
+            "checksum mismatch; the states are lost, resume from a checkpoint"
+        )
+
+    def _failure(self, report: _native.PageReport) -> PagingError:
+        if report.failure == report.IO_CHECKSUM:
+            return self._changed(report.failed_extent)
+        if report.failure == report.IO_TRUNCATED:
+            return self._truncated(report.failed_extent, report.failed_byte)
+        what = "cannot read byte" if report.failure == report.IO_READ else "cannot write byte"
+        return self._error(what, report.failed_byte, OSError(report.failed_errno, os.strerror(report.failed_errno)))
 
     def _error(self, what: str, number: int, error: OSError) -> PagingError:
         advice = "; free space on that disk or choose another page_dir" if error.errno == errno.ENOSPC else ""

@@ -1,11 +1,9 @@
-"""A folder that one optimizer holds: locked, cleared of what a dead process left, removed if it was temporary."""
+"""A folder that one optimizer holds: locked, and cleared of what a dead process left."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from lora_ops.optim.errors import PagingError
@@ -15,7 +13,7 @@ PAGES_NAME = "lora_ops.pages"
 
 
 class PageFolder:
-    """Holds `page_dir`, or a fresh temporary folder if it is None, until `close`.
+    """Holds `page_dir` until `close`.
 
     The lock is flock's: it goes with the process, even one that was killed, so a folder is never stuck.
 
@@ -23,10 +21,9 @@ class PageFolder:
         PagingError: if the folder cannot be written or another optimizer holds it.
     """
 
-    def __init__(self, page_dir: str | os.PathLike[str] | None) -> None:
-        self.temporary = page_dir is None
+    def __init__(self, page_dir: str | os.PathLike[str]) -> None:
         try:
-            self.path = Path(tempfile.mkdtemp(prefix="lora_ops-pages-") if page_dir is None else page_dir)
+            self.path = Path(page_dir)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -63,5 +60,3 @@ class PageFolder:
         fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: a forked child may hold the descriptor
         os.close(self._lock)
         self._lock = -1
-        if self.temporary:
-            shutil.rmtree(self.path, ignore_errors=True)
