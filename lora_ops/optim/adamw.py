@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         self._store: ResidentStates | PagedStates = ResidentStates()
         if budget is not None:
             self._page_device = self._only_device()
-            extent = extent_bytes or choose_extent_bytes(budget, self._page_device.type)
+            extent = choose_extent_bytes(budget, self._page_device.type) if extent_bytes is None else extent_bytes
             check_extents(budget, extent)
             if pinned is not None and pinned < 2 * extent:
                 raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
