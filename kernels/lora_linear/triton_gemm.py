@@ -133,6 +133,11 @@ def _lora_gemm_kernel(
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
 
 
+# Rows of odd lengths load element by element, each with an address and a mask in registers: 24 elements a thread and
+# step instead of 64.
+GEMM_RAGGED = Tile(128, 64, 32, 8, 2)
+
+
 def expand(
     t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout, dtype: torch.dtype
 ) -> Tensor:
@@ -174,7 +179,9 @@ def lora_gemm(
         [M, N].
     """
     (m, k), r, n = x.shape, t.shape[1], w.shape[1]
-    tile = GEMM
+    # Of a size or stride Triton sees whether it is a multiple of 16; of W one of the strides is 1.
+    whole = all(size % 16 == 0 for size in (n, k, x.stride(0), max(w.stride())))
+    tile = GEMM if whole else GEMM_RAGGED
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
         _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
