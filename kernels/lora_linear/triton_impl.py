@@ -18,6 +18,7 @@ An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -151,13 +152,19 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}
 
 
-def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs) -> None:
-    """Forward and backward on tensors that only have shapes; with a bias if its gradient is needed."""
+def _gate_call(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs, gap: int = 0
+) -> None:
+    """Forward and backward on tensors that only have shapes; with a bias if its gradient is needed.
+
+    `gap` elements lie between the rows of x, and between those of dY.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, dy, w = meta(m, k, dtype=dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype)
+    x, dy = meta(m, k + gap, dtype=dtype)[:, :k], meta(m, n + gap, dtype=dtype)[:, :n]
+    w = meta(n, k, dtype=dtype)
     adapter = meta(r, k), meta(n, r), torch.tensor(2.0)
     bias = meta(n, dtype=dtype) if needs[3] else None
     seed = meta(dtype=torch.int64) if p else None
@@ -210,6 +217,9 @@ def gate() -> Iterator[GateCase]:
             name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs] + SIZES[size]
             call = functools.partial(_gate_call, 8192, *size, r, dtype, p, kstep=kstep, needs=needs)
             yield GateCase(name, call, _expected(r, dtype, size))
+    for r, p, kstep in itertools.product((16, 8), (0.0, 0.1), (False, True)):
+        call = functools.partial(_gate_call, 8192, *ALIGNED, r, torch.bfloat16, p, kstep=kstep, needs=every, gap=1)
+        yield GateCase(f"r{r} p={p} odd row strides" + " K-step" * kstep, call, _expected(r, torch.bfloat16, ODD))
     for kstep in (False, True):
         call = functools.partial(
             _gate_call, 600_000, 4096, 4096, 16, torch.bfloat16, 0.1, kstep=kstep, needs=every

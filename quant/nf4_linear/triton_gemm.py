@@ -143,7 +143,7 @@ def _load_weight(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_row, first_column, N, K, row_bytes,
     ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; 0 outside of [N, K]. ALIGNED: rows hold whole blocks.
+    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; outside of [N, K] 0 if ALIGNED: rows hold whole blocks.
 
     row_bytes = K // 2 is an argument because the compiler sees the alignment of arguments only.
     """
@@ -158,18 +158,18 @@ def _load_weight(
         )
         w = tl.reshape(tl.join(even * absmax, odd * absmax), [ROWS, COLUMNS])
     else:
-        columns = first_column + tl.arange(0, COLUMNS)
-        inside = (rows < N)[:, None] & (columns < K)[None, :]
-        element = rows[:, None] * K + columns[None, :]
-        packed = tl.load(packed_ptr + element // 2, mask=inside, other=0)
+        # Clamped, not masked, which spills: what stands for weights outside meets zeros of lhs or is not stored.
+        columns = tl.minimum(first_column + tl.arange(0, COLUMNS), K - 1)
+        element = tl.minimum(rows, N - 1)[:, None] * K + columns[None, :]
+        packed = tl.load(packed_ptr + element // 2)
         _, code = _decode(packed >> (4 - element % 2 * 4).to(tl.uint8))  # the nibble wanted, moved to the low half
-        block = element // BLOCK_SIZE
-        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED)
+        inside = tl.full([ROWS, COLUMNS], True, tl.int1)
+        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, element // BLOCK_SIZE, inside, NESTED)
         w = code * absmax
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _nf4_gemm_kernel(
     lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, out_ptr,
     M, N, K, row_bytes, stride_lm, per_split,
