@@ -292,6 +292,16 @@ def aligned(q: NF4Tensor) -> bool:
     return q.shape[1] % q.block_size == 0
 
 
+# Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
+RAGGED_16BIT = {m: replace(GEMM_16BIT[min(m, 64)], block_j=32, block_i=32) for m in GEMM_16BIT}
+RAGGED_32BIT = {m: replace(tile, num_warps=8) for m, tile in GEMM_32BIT.items()}
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """x, or a copy of its few rows where they hold a multiple of 16 elements and begin elsewhere: 16-byte loads."""
+    return x.contiguous() if x.shape[1] % 16 == 0 and x.stride(0) % 16 != 0 else x
+
+
 def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
     """y = x Wᵀ + b + add_to in x's dtype.
 
@@ -304,6 +314,7 @@ def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     Returns:
         [M, N].
     """
+    x = _whole_rows(x)
     (m, k), n = x.shape, q.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
@@ -331,10 +342,9 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     j = n if transposed else k
     if m == 0 or j == 0:
         return x.new_empty(m, j)
-    table = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
-    tile = table[min(max(16, triton.next_power_of_2(m)), 128)]
-    if not aligned(q):
-        tile = replace(tile, block_j=32, block_i=32)  # each weight has its own 64-bit address and mask
+    x = _whole_rows(x)
+    tables = (GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
+    tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), 128)]
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
     steps = max(1, triton.cdiv(i, tile.block_i))
     per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i

@@ -125,7 +125,16 @@ def test_drawn(emulated: Emulated, case: LinearCase) -> None:
     assert_y_right(emulated, case)
 
 
-SHAPES = [(1, 70, 4096), (8, 33, 448), (9, 31, 192), (16, 64, 128), (17, 40, 320), (32, 5, 64), (33, 20, 192)]
+SHAPES = [
+    (1, 70, 4096),
+    (3, 530, 64),
+    (8, 33, 448),
+    (9, 31, 192),
+    (16, 64, 128),
+    (17, 40, 320),
+    (32, 5, 64),
+    (33, 20, 192),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -334,6 +343,13 @@ def test_broken(tmp_path: Path, change: tuple[str, str], found: str) -> None:
 def test_broken_order(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError, match="wrong order"):
         assert_sums_in_order(broken(tmp_path, *change))
+
+
+def test_broken_grid(tmp_path: Path) -> None:
+    """Rows of the last block of 16 tiles left out."""
+    kernels = broken(tmp_path, "blocks_of(tiles, warps >> shift)", "std::max<int64_t>(1, tiles / (warps >> shift))")
+    with pytest.raises(AssertionError, match="wrong"):
+        assert_y_right(kernels, LinearCase(m=3, n=530, k=64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [("1.18878173828125f", DTYPES[0]), ("1.63848876953125f", DTYPES[1])])
