@@ -136,6 +136,7 @@ def _lora_gemm_kernel(
 # Rows of odd lengths load element by element, each with an address and a mask in registers: 24 elements a thread and
 # step instead of 64.
 GEMM_RAGGED = Tile(128, 64, 32, 8, 2)
+EXPAND_RAGGED = Tile(64, 64, 0, 4, 1)  # with 128 columns Triton 3.6 spills 8 bytes on sm_100
 
 
 def expand(
@@ -152,7 +153,7 @@ def expand(
         [M, N].
     """
     (m, r), n = t.shape, low.shape[1]
-    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT
+    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT if n % 16 == 0 else EXPAND_RAGGED
     y = torch.empty(m, n, dtype=dtype, device=t.device)
     launch(
         _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
