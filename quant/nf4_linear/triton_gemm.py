@@ -344,7 +344,8 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
         return x.new_empty(m, j)
     x = _whole_rows(x)
     tables = (GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
-    tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), 128)]
+    most = 128 if j % 16 == 0 else 64  # rows of an odd number of results are stored one by one, and 128 of them spill
+    tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), most)]
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
     steps = max(1, triton.cdiv(i, tile.block_i))
     per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i
