@@ -36,7 +36,7 @@ faults: $(VENV)/.test ## kill a paged training 200 times at random moments and c
 
 # The oldest Triton that is supported, beside the installed one and not in its place.
 TRITON ?= 3.6.0
-triton: $(VENV)/.test ## test and compile the Triton kernels with TRITON=3.6.0, or another version (15 minutes)
+triton: $(VENV)/.test ## test and compile the Triton kernels with TRITON=3.6.0, or another version (30 minutes)
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/gpu_proof/test_interpreted.py tests/gpu_proof/test_decode_ptx.py $(ARGS)

@@ -117,6 +117,8 @@ MMA: Mapping[str, str] = {
     "gfx942": "v_mfma",
 }
 HMMA: Mapping[str, str] = {**MMA, "sm_90": "HMMA", "sm_100": "HMMA"}  # tiles of fewer rows than wgmma's 64
+# `Expect.wide` where a matrix has an odd number of columns: its rows begin at any element, not every 16 bytes.
+ODD_ROWS = ""
 
 
 @dataclass(frozen=True)

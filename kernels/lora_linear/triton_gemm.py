@@ -133,6 +133,12 @@ def _lora_gemm_kernel(
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
 
 
+# Rows of odd lengths load element by element, each with an address and a mask in registers: 24 elements a thread and
+# step instead of 64.
+GEMM_RAGGED = Tile(128, 64, 32, 8, 2)
+EXPAND_RAGGED = Tile(64, 64, 0, 4, 1)  # with 128 columns Triton 3.6 spills 8 bytes on sm_100
+
+
 def expand(
     t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout, dtype: torch.dtype
 ) -> Tensor:
@@ -147,7 +153,7 @@ def expand(
         [M, N].
     """
     (m, r), n = t.shape, low.shape[1]
-    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT
+    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT if n % 16 == 0 else EXPAND_RAGGED
     y = torch.empty(m, n, dtype=dtype, device=t.device)
     launch(
         _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
@@ -174,7 +180,9 @@ def lora_gemm(
         [M, N].
     """
     (m, k), r, n = x.shape, t.shape[1], w.shape[1]
-    tile = GEMM
+    # Of a size or stride Triton sees whether it is a multiple of 16; of W one of the strides is 1.
+    whole = all(size % 16 == 0 for size in (n, k, x.stride(0), max(w.stride())))
+    tile = GEMM if whole else GEMM_RAGGED
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
         _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),

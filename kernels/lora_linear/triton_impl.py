@@ -18,6 +18,7 @@ An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_ops._checks import dtype_name
-from lora_ops._triton import HMMA, MMA, Expect, GateCase
+from lora_ops._triton import HMMA, MMA, ODD_ROWS, Expect, GateCase
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
@@ -42,6 +43,8 @@ from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl as nf4
 
 MAX_RANK = 256  # the widest accumulator of a skinny kernel
+# Elements of an adapter, whose offsets are 32-bit: with 64 bits a fifth of the kernels takes more registers, up to 85.
+MAX_ADAPTER = 2**31
 NO_DROPOUT = Dropout.of(0.0, None)
 
 
@@ -135,22 +138,33 @@ def _adapter(t: Tensor) -> Tensor:
 
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    lora_a = args[1] if op == "lora_linear" else args[3]
-    if lora_a.shape[0] > MAX_RANK:
-        return f"lora_linear's Triton kernels take ranks up to {MAX_RANK}, not {lora_a.shape[0]}"
+    first = 1 if op == "lora_linear" else 3
+    adapter = dict(zip(("lora_a", "lora_b"), args[first : first + 2], strict=True))
+    rank = adapter["lora_a"].shape[0]
+    if rank > MAX_RANK:
+        return f"lora_linear's Triton kernels take ranks up to {MAX_RANK}, not {rank}"
+    for name, t in adapter.items():
+        if t.numel() > MAX_ADAPTER:
+            return f"{name}: lora_linear's Triton kernels take up to 2^31 elements, not {tuple(t.shape)}"
     return nf4.declines(op, lead)
 
 
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}
 
 
-def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs) -> None:
-    """Forward and backward on tensors that only have shapes; with a bias if its gradient is needed."""
+def _gate_call(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, kstep: bool, needs: Needs, gap: int = 0
+) -> None:
+    """Forward and backward on tensors that only have shapes; with a bias if its gradient is needed.
+
+    `gap` elements lie between the rows of x, and between those of dY.
+    """
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, dy, w = meta(m, k, dtype=dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype)
+    x, dy = meta(m, k + gap, dtype=dtype)[:, :k], meta(m, n + gap, dtype=dtype)[:, :n]
+    w = meta(n, k, dtype=dtype)
     adapter = meta(r, k), meta(n, r), torch.tensor(2.0)
     bias = meta(n, dtype=dtype) if needs[3] else None
     seed = meta(dtype=torch.int64) if p else None
@@ -159,37 +173,53 @@ def _gate_call(m: int, n: int, k: int, r: int, dtype: torch.dtype, p: float, *, 
         lora_linear_backward(dy, x, s, w, *adapter, p, seed, needs)
 
 
+# Of a size Triton sees whether it is a multiple of 16, so that these stand for all of their kind.
+ALIGNED, ODD, ODD_N, ODD_K = (4096, 4096), (4097, 4095), (4097, 4096), (4096, 4095)
+SIZES = {ALIGNED: "", ODD: " odd N and K", ODD_N: " odd N", ODD_K: " odd K"}
+
+
+def _expected(r: int, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, Expect]:
+    """By kernel."""
+    if dtype == torch.float32:
+        return {}
+    padded, odd_rank = padded_rank(r), r % 16 != 0
+    # x and W have rows of K elements, dY of N; `gate` lists one of them odd only for ranks that read dY in reduce_both.
+    of_dy, of_x = ("load" if columns % 16 == 0 else ODD_ROWS for columns in size)
+    few_rows = (padded == 32 and of_x) or (padded == 256 and (odd_rank or not of_x))
+    return {
+        "_reduce_rows_kernel": Expect(
+            mma=HMMA if few_rows else MMA,
+            # Of rank 100 gfx942 loads the tile of x with 8 bytes a lane, and the adapter by the element.
+            wide=of_x if padded < (128 if odd_rank else 256) else "",
+        ),
+        "_reduce_columns_kernel": Expect(mma=MMA if padded >= 64 else HMMA, wide=of_x if padded < 256 else ""),
+        "_reduce_both_kernel": Expect(mma=HMMA, wide=of_dy),
+        "_expand_kernel": Expect(mma=MMA),  # 16-byte stores on NVIDIA, 8 bytes on gfx942, as its products lie
+        "_lora_gemm_kernel": Expect(mma=MMA, wide=of_x and of_dy),
+    }
+
+
 def gate() -> Iterator[GateCase]:
-    """Every tile, with and without dropout; every dtype; tensors of more than 2^31 elements."""
+    """Every tile, with and without dropout; every dtype; odd sizes; tensors of more than 2^31 elements."""
     every, no_bias, frozen_b = (True, True, True, True), (True, True, True, False), (True, True, False, False)
     # Each tile, and each where R is no multiple of 16: of a rank, Triton sees only whether it is one, or 1.
-    aligned, odd = (16, 32, 64, 128, 256), (8, 24, 40, 100, 200)
-    cases = [(r, torch.bfloat16, p, every) for r in (*aligned, *odd) for p in (0.0, 0.1)]
-    cases += [(r, torch.bfloat16, 0.0, no_bias) for r in (*aligned, *odd)]
+    ranks = 16, 32, 64, 128, 256, 8, 24, 40, 100, 200
+    cases = [(r, torch.bfloat16, p, every) for r in ranks for p in (0.0, 0.1)]
+    cases += [(r, torch.bfloat16, 0.0, no_bias) for r in ranks]
     cases += [(4, torch.bfloat16, 0.1, every)]
     cases += [(r, torch.float32, 0.1, every) for r in (8, 16, 64, 128, 200, 256)]
     cases += [(16, torch.float16, 0.1, every), (16, torch.bfloat16, 0.1, frozen_b)]
-    for r, dtype, p, needs in cases:
-        mma, padded = {}, padded_rank(r)
-        if dtype != torch.float32:
-            mma = {
-                "_reduce_rows_kernel": Expect(
-                    mma=HMMA if padded == 32 or (padded == 256 and r in odd) else MMA,
-                    # Of rank 100 gfx942 loads the tile of x with 8 bytes a lane, and the adapter by the element.
-                    wide="load" if padded < (128 if r in odd else 256) else "",
-                ),
-                "_reduce_columns_kernel": Expect(
-                    mma=MMA if padded >= 64 else HMMA, wide="load" if padded < 256 else ""
-                ),
-                "_reduce_both_kernel": Expect(mma=HMMA, wide="load"),
-                "_expand_kernel": Expect(mma=MMA),  # 16-byte stores on NVIDIA, 8 bytes on gfx942, as its products lie
-                "_lora_gemm_kernel": Expect(mma=MMA, wide="load"),
-            }
+    sized = [(case, size) for size in (ALIGNED, ODD) for case in cases]
+    sized += [((r, torch.bfloat16, p, every), size) for size in (ODD_N, ODD_K) for r in (16, 8) for p in (0.0, 0.1)]
+    for (r, dtype, p, needs), size in sized:
         for kstep in (False, True) if dtype != torch.float32 and needs != frozen_b else (False,):
             name = f"r{r} {dtype_name(dtype)}" + f" p={p}" * bool(p) + " K-step" * kstep
-            name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs]
-            call = functools.partial(_gate_call, 8192, 4096, 4096, r, dtype, p, kstep=kstep, needs=needs)
-            yield GateCase(name, call, mma)
+            name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs] + SIZES[size]
+            call = functools.partial(_gate_call, 8192, *size, r, dtype, p, kstep=kstep, needs=needs)
+            yield GateCase(name, call, _expected(r, dtype, size))
+    for r, p, kstep in itertools.product((16, 8), (0.0, 0.1), (False, True)):
+        call = functools.partial(_gate_call, 8192, *ALIGNED, r, torch.bfloat16, p, kstep=kstep, needs=every, gap=1)
+        yield GateCase(f"r{r} p={p} odd row strides" + " K-step" * kstep, call, _expected(r, torch.bfloat16, ODD))
     for kstep in (False, True):
         call = functools.partial(
             _gate_call, 600_000, 4096, 4096, 16, torch.bfloat16, 0.1, kstep=kstep, needs=every

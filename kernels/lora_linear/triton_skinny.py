@@ -284,8 +284,39 @@ def _add_partials_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
 
 
-def _tile(table_16bit: Tiles, table_odd: Tiles, table_32bit: Tiles, dtype: torch.dtype, r: int) -> Tile:
-    table = table_32bit if dtype == torch.float32 else table_odd if r % 16 else table_16bit
+# Where rows of the activation are no multiple of 16 elements, they load element by element, and gfx942 keeps a mask of
+# each in two scalar registers: few elements a thread, of any rank.
+ROWS_RAGGED = {
+    16: Tile(64, 32, 4, 2),
+    32: Tile(64, 32, 4, 2),
+    64: Tile(64, 32, 8, 2),
+    128: Tile(64, 16, 8, 2),
+    256: Tile(32, 16, 8, 2),
+}
+COLUMNS_RAGGED = {
+    16: Tile(32, 64, 4, 2),
+    32: Tile(16, 64, 4, 2),
+    64: Tile(16, 64, 8, 2),
+    128: Tile(16, 64, 8, 2),
+    256: Tile(16, 32, 8, 2),
+}
+BOTH_RAGGED = {
+    16: Tile(32, 64, 4, 2),
+    32: Tile(16, 128, 4, 3),
+}
+
+
+def _ragged(x: Tensor) -> bool:
+    """Whether Triton cannot see that rows of x hold, and begin at, a multiple of 16 elements."""
+    return x.shape[1] % 16 != 0 or x.stride(0) % 16 != 0
+
+
+def _tile(table_16bit: Tiles, table_odd: Tiles, table_ragged: Tiles, table_32bit: Tiles, x: Tensor, r: int) -> Tile:
+    table = table_odd if r % 16 else table_16bit
+    if _ragged(x):
+        table = table_ragged
+    if x.dtype == torch.float32:
+        table = table_32bit
     return table[padded_rank(r)]
 
 
@@ -324,7 +355,7 @@ def reduce_rows(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
         [M, R].
     """
     (m, k), r = x.shape, a.shape[0]
-    tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_32BIT, x.dtype, r)
+    tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_RAGGED, ROWS_32BIT, x, r)
     blocks = triton.cdiv(m, tile.block_m)
     per_split, splits = _per_split(k, tile.block_k, blocks)
     partial = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
@@ -352,7 +383,7 @@ def reduce_columns(
         G and the sum [K], or None.
     """
     (m, k), r = x.shape, t.shape[1]
-    tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_32BIT, x.dtype, r)
+    tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_RAGGED, COLUMNS_32BIT, x, r)
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
     partial = torch.empty(splits, *((r, k) if rank_first else (k, r)), dtype=torch.float32, device=x.device)
@@ -381,7 +412,7 @@ def reduce_both(
         T [M, R], G [K, R], and the sum [K] or None.
     """
     (m, k), r = x.shape, b.shape[0]
-    tile = BOTH_16BIT[padded_rank(r)]
+    tile = (BOTH_RAGGED if _ragged(x) else BOTH_16BIT)[padded_rank(r)]
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
 

@@ -143,7 +143,7 @@ def _load_weight(
     packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_row, first_column, N, K, row_bytes,
     ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; 0 outside of [N, K]. ALIGNED: rows hold whole blocks.
+    """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; outside of [N, K] 0 if ALIGNED: rows hold whole blocks.
 
     row_bytes = K // 2 is an argument because the compiler sees the alignment of arguments only.
     """
@@ -158,18 +158,18 @@ def _load_weight(
         )
         w = tl.reshape(tl.join(even * absmax, odd * absmax), [ROWS, COLUMNS])
     else:
-        columns = first_column + tl.arange(0, COLUMNS)
-        inside = (rows < N)[:, None] & (columns < K)[None, :]
-        element = rows[:, None] * K + columns[None, :]
-        packed = tl.load(packed_ptr + element // 2, mask=inside, other=0)
+        # Clamped, not masked, which spills: what stands for weights outside meets zeros of lhs or is not stored.
+        columns = tl.minimum(first_column + tl.arange(0, COLUMNS), K - 1)
+        element = tl.minimum(rows, N - 1)[:, None] * K + columns[None, :]
+        packed = tl.load(packed_ptr + element // 2)
         _, code = _decode(packed >> (4 - element % 2 * 4).to(tl.uint8))  # the nibble wanted, moved to the low half
-        block = element // BLOCK_SIZE
-        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED)
+        inside = tl.full([ROWS, COLUMNS], True, tl.int1)
+        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, element // BLOCK_SIZE, inside, NESTED)
         w = code * absmax
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _nf4_gemm_kernel(
     lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, out_ptr,
     M, N, K, row_bytes, stride_lm, per_split,
@@ -292,6 +292,16 @@ def aligned(q: NF4Tensor) -> bool:
     return q.shape[1] % q.block_size == 0
 
 
+# Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
+RAGGED_16BIT = {m: replace(GEMM_16BIT[min(m, 64)], block_j=32, block_i=32) for m in GEMM_16BIT}
+RAGGED_32BIT = {m: replace(tile, num_warps=8) for m, tile in GEMM_32BIT.items()}
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """x, or a copy of its few rows where they hold a multiple of 16 elements and begin elsewhere: 16-byte loads."""
+    return x.contiguous() if x.shape[1] % 16 == 0 and x.stride(0) % 16 != 0 else x
+
+
 def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
     """y = x Wᵀ + b + add_to in x's dtype.
 
@@ -304,6 +314,7 @@ def nf4_gemv(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     Returns:
         [M, N].
     """
+    x = _whole_rows(x)
     (m, k), n = x.shape, q.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
@@ -331,10 +342,10 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     j = n if transposed else k
     if m == 0 or j == 0:
         return x.new_empty(m, j)
-    table = GEMM_32BIT if x.dtype == torch.float32 else GEMM_16BIT
-    tile = table[min(max(16, triton.next_power_of_2(m)), 128)]
-    if not aligned(q):
-        tile = replace(tile, block_j=32, block_i=32)  # each weight has its own 64-bit address and mask
+    x = _whole_rows(x)
+    tables = (GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
+    most = 128 if j % 16 == 0 else 64  # rows of an odd number of results are stored one by one, and 128 of them spill
+    tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), most)]
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
     steps = max(1, triton.cdiv(i, tile.block_i))
     per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i

@@ -125,7 +125,16 @@ def test_drawn(emulated: Emulated, case: LinearCase) -> None:
     assert_y_right(emulated, case)
 
 
-SHAPES = [(1, 70, 4096), (8, 33, 448), (9, 31, 192), (16, 64, 128), (17, 40, 320), (32, 5, 64), (33, 20, 192)]
+SHAPES = [
+    (1, 70, 4096),
+    (3, 530, 64),
+    (8, 33, 448),
+    (9, 31, 192),
+    (16, 64, 128),
+    (17, 40, 320),
+    (32, 5, 64),
+    (33, 20, 192),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,21 +145,53 @@ def test_every_tile(emulated: Emulated, dtype: torch.dtype, m: int, n: int, k: i
     assert emulated.count("shared") == 64 * 1024 <= LEAST_SHARED
 
 
-def test_codes_are_exact_where_rounding_is(emulated: Emulated) -> None:
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [64, 128, 256, 512])
+def test_blocks_of_several_steps(emulated: Emulated, block_size: int, double_quant: bool) -> None:
+    """The kernel for aligned rows: a block is half a step, a step, two or four; a row holds two blocks or more."""
+    case = LinearCase(
+        m=3, n=40, k=max(320, 2 * block_size) // block_size * block_size, block_size=block_size,
+        dtype=torch.bfloat16, double_quant=double_quant, ill_scaled=True,
+    )  # fmt: skip
+    assert_y_right(emulated, case)
+    assert emulated.count("shared") == 64 * 1024
+
+
+def assert_sums_in_order(emulated: Emulated) -> None:
+    """Four warps have the sums 2^30, -2^30, 1 and 0, of which only the ascending order of the warps makes 1."""
+    k = 4 * 128
+    x = torch.zeros(8, k, dtype=torch.bfloat16)
+    x[:, 0], x[:, 128], x[:, 256] = 2.0**30, -(2.0**30), 1.0
+    ones = torch.full((32 * k // 2, 1), 0xFF, dtype=torch.uint8)  # of code 15
+    q = NF4Tensor(aligned_copy(ones), torch.ones(32 * k // 64), (32, k), torch.bfloat16)
+    y = emulated.nf4_linear(aligned_copy(x), q, None)
+    assert torch.equal(y, torch.ones_like(y)), "wrong order"
+
+
+def test_sums_are_added_in_order(emulated: Emulated) -> None:
+    assert_sums_in_order(emulated)
+
+
+def assert_codes_exact_where_rounding_is(emulated: Emulated, dtype: torch.dtype) -> None:
     """With x = rows of the identity, y is W: every code in both nibbles, at every place of a step, within 0.41 u."""
     k = 256
     codes = torch.arange(32 * k) * 7 % 16
     pairs = codes.view(-1, 2)
     packed = (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None]
-    absmax = torch.exp2(torch.arange(32 * k // 64) % 5 - 2.0)
+    absmax = torch.exp2(torch.arange(32 * k // 64) % 5 - 2.0) * torch.linspace(1, 2, 32 * k // 64)
     q = NF4Tensor(aligned_copy(packed), absmax, (32, k), torch.float16)
-    w = (torch.tensor(NF4_CODE)[codes] * absmax.repeat_interleave(64)).view(32, k)
-    for dtype, roundoff in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
-        eye = aligned_copy(torch.eye(k, dtype=dtype))
-        y = torch.cat([emulated.nf4_linear(eye[i : i + 64], q, None) for i in range(0, k, 64)]).T
-        relative = ((y.double() - w) / w.clamp_min(1e-30).double().where(w > 0, w.double()).where(w != 0, 1.0)).abs()
-        assert relative.max() <= (0.41 + 1.0) * roundoff  # of the code, and of y
-        assert torch.equal(y == 0, w == 0)
+    w = (torch.tensor(NF4_CODE, dtype=torch.float64)[codes] * absmax.double().repeat_interleave(64)).view(32, k)
+    of_code, roundoff = {torch.bfloat16: (0.41, 2**-8), torch.float16: (0.35, 2**-11)}[dtype]
+    eye = aligned_copy(torch.eye(k, dtype=dtype))
+    y = torch.cat([emulated.nf4_linear(eye[i : i + 64], q, None) for i in range(0, k, 64)]).T.double()
+    of_y = torch.exp2(torch.floor(torch.log2(y.abs()))) * roundoff  # half its last place
+    assert ((y - w).abs() <= of_code * roundoff * w.abs() * (1 + 2**-7) + of_y).all(), "wrong: codes are rounded badly"
+    assert torch.equal(y == 0, w == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_exact_where_rounding_is(emulated: Emulated, dtype: torch.dtype) -> None:
+    assert_codes_exact_where_rounding_is(emulated, dtype)
 
 
 @pytest.mark.parametrize("misaligned", ["packed", "x", "row"])
@@ -188,29 +229,39 @@ def test_packed_bytes_are_read_once(emulated: Emulated) -> None:
     assert emulated.count("stored") == 2 * n
 
 
-def run_virtually(emulated: Emulated, m: int, n: int, k: int, rows: int) -> None:
+def run_virtually(emulated: Emulated, m: int, n: int, k: int, rows: int, stride_x: int = 0) -> None:
     """The first, a middle and the last block, of `rows` rows each, on pretended memory: every address is checked."""
+    stride_x = stride_x or k
     n_blocks = -(-n * k // 64)
     places = {name: (i + 1) << 48 for i, name in enumerate(("packed", "absmax", "map", "nested", "offset", "x", "y"))}
     sizes = {"packed": n * k // 2, "absmax": n_blocks, "map": 1024, "nested": -(-n_blocks // 256) * 4, "offset": 4}
-    sizes |= {"x": m * k * 2, "y": m * n * 2}
+    sizes |= {"x": ((m - 1) * stride_x + k) * 2, "y": m * n * 2}
     weight = _cuda.NF4Weight(places["packed"], None, *(places[p] for p in ("absmax", "map", "nested", "offset")), 64)
     call = emulated.lib.lora_ops_cuda_nf4_linear
     for block in (0, n // rows // 2, n // rows - 1):
         emulated.lib.emulator_reset(0, block)
         for name, place in places.items():
             emulated.lib.emulator_allow(place, sizes[name], name == "y")
-        if call(byref(weight), n, k, places["x"], m, k, None, places["y"], 2, None):
+        if call(byref(weight), n, k, places["x"], m, stride_x, None, places["y"], 2, None):
             raise EmulatorError(emulated.lib.emulator_error().decode())
         assert emulated.count("blocks") == n // rows
         assert emulated.count("stored") == rows * m * 2
 
 
-HUGE = {"packed codes": (1, 1 << 22, 4096, 512), "y": (64, 1 << 26, 256, 256), "any shape": (3, 1 << 22, 4095, 8)}
+HUGE = {
+    "packed codes": (1, 1 << 22, 4096, 512),
+    "y": (64, 1 << 26, 256, 256),
+    "any shape": (3, 1 << 22, 4095, 8),
+    "scales": (1, 1 << 26, 4096, 512),
+    "rows of x": (64, 256, 256, 128, 1 << 26),
+    "scales, any shape": (1, 1 << 26, 4095, 8),
+    "rows of x, any shape": (8, 256, 255, 8, 1 << 29),
+    "y, any shape": (3, 1 << 30, 63, 8),
+}
 
 
 @pytest.mark.parametrize("shape", HUGE.values(), ids=HUGE)
-def test_addresses_beyond_32_bits(emulated: Emulated, shape: tuple[int, int, int, int]) -> None:
+def test_addresses_beyond_32_bits(emulated: Emulated, shape: tuple[int, ...]) -> None:
     run_virtually(emulated, *shape)
 
 
@@ -227,8 +278,12 @@ def test_refuses_what_it_cannot_serve(emulated: Emulated) -> None:
     call = emulated.lib.lora_ops_cuda_nf4_linear
     assert call(byref(weight), -1, 64, None, 1, 64, None, None, 2, None) == 1
     assert call(byref(weight), 1, 64, None, 1, 64, None, None, 0, None) == 1  # float32
-    weight.block_size = 48
-    assert call(byref(weight), 1, 64, None, 1, 64, None, None, 2, None) == 1
+    assert call(None, 1, 64, None, 1, 64, None, None, 2, None) == 1
+    for n, k, m in ((1, -1, 1), (1, 64, -1), (2**30 + 1, 64, 1), (1, 2**30 + 1, 1), (1, 64, 8 * 65535 + 1)):
+        assert call(byref(weight), n, k, None, m, k, None, None, 2, None) == 1
+    for block_size in (16, 48):
+        weight.block_size = block_size
+        assert call(byref(weight), 1, 64, None, 1, 64, None, None, 2, None) == 1
 
 
 # Kernels broken on purpose.
@@ -278,13 +333,59 @@ def test_broken(tmp_path: Path, change: tuple[str, str], found: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        ("for (int i = 0; i < split; ++i) {", "for (int i = split - 1; i >= 0; --i) {"),
+        ("(team << split_shift) + i;", "(team << split_shift) + (i + member) % split;"),
+    ],
+    ids=["descending", "begins with its own"],
+)
+def test_broken_order(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(AssertionError, match="wrong order"):
+        assert_sums_in_order(broken(tmp_path, *change))
+
+
+def test_broken_grid(tmp_path: Path) -> None:
+    """Rows of the last block of 16 tiles left out."""
+    kernels = broken(tmp_path, "blocks_of(tiles, warps >> shift)", "std::max<int64_t>(1, tiles / (warps >> shift))")
+    with pytest.raises(AssertionError, match="wrong"):
+        assert_y_right(kernels, LinearCase(m=3, n=530, k=64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [("1.18878173828125f", DTYPES[0]), ("1.63848876953125f", DTYPES[1])])
+def test_broken_rounding_of_codes(tmp_path: Path, scale: str, dtype: torch.dtype) -> None:
+    with pytest.raises(AssertionError, match="rounded badly"):
+        assert_codes_exact_where_rounding_is(broken(tmp_path, scale, "1.0f"), dtype)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("p.k - kBlock) >> p.block_shift", "p.k - kBlock) >> 6"), ("(p.k >> p.block_shift)", "(p.k >> 6)")],
+    ids=["block of a column", "first block of a row"],
+)
+def test_broken_blocks_of_several_steps(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises((AssertionError, EmulatorError), match=r"wrong|out of bounds"):
+        test_blocks_of_several_steps(broken(tmp_path, *change), 128, double_quant=False)
+
+
+def as_int(text: str) -> tuple[str, str]:
+    """A change that computes `text` in 32 bits."""
+    return text, f"static_cast<int>({text})"
+
+
+@pytest.mark.parametrize(
     ("change", "huge"),
     [
-        ((ROW, f"static_cast<int>({ROW})"), "packed codes"),
+        (as_int(ROW), "packed codes"),
+        (as_int("(row < p.n ? row : p.n - 1) * (p.k >> p.block_shift)"), "scales"),
+        (as_int("(token < p.m ? token : p.m - 1) * p.stride_x"), "rows of x"),
         ((Y, Y.replace("(first_token + token) * p.n", "static_cast<int>((first_token + token) * p.n)")), "y"),
         (("const int64_t e = row * p.k + k;", "const int e = row * p.k + k;"), "any shape"),
+        (as_int("e >> p.block_shift"), "scales, any shape"),
+        (as_int("(first_token + token) * p.stride_x + k"), "rows of x, any shape"),
+        (as_int("(first_token + token) * p.n + row"), "y, any shape"),
     ],
-    ids=HUGE,
+    ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_int32_addresses(tmp_path: Path, change: tuple[str, str], huge: str) -> None:
     with pytest.raises(EmulatorError, match="out of bounds"):

@@ -11,7 +11,7 @@ from lora_ops._triton import GateCase, Launch
 from lora_ops.kernels.lora_linear import triton_impl as lora
 from lora_ops.quant.nf4_linear import triton_impl as nf4
 from tests.gpu_proof import registry
-from tests.gpu_proof.interpreter import run_virtually
+from tests.gpu_proof.interpreter import OutOfBounds, run_virtually
 
 HUGE = [s for module in registry.ops() for s in registry.shipped_by(module) if s.case.huge]
 
@@ -48,6 +48,10 @@ LARGE: dict[str, dict[str, Callable[[], None]]] = {
         "S": lambda: _lora(9_000_000, 512, 512, 256),
         "S on the K-step route": lambda: _lora(9_000_000, 512, 512, 256, kstep=True),
         "partial sums of T": lambda: _lora(600_000, 16384, 512, 32),
+        "the largest lora_a": lambda: _lora(64, 512, 2**23, 256),
+        "the largest lora_b": lambda: _lora(64, 2**23, 512, 256),
+        "the largest lora_a on the K-step route": lambda: _lora(64, 512, 2**23, 256, kstep=True),
+        "the largest lora_b on the K-step route": lambda: _lora(64, 2**23, 512, 256, kstep=True),
     },
     "nf4_linear": {
         "rows of x, GEMV": lambda: _nf4(4, 512, 512, 2**30),
@@ -66,3 +70,22 @@ def large_launches(op: str, name: str) -> Iterator[Launch]:
 def test_addresses_of_large_operands(op: str, name: str) -> None:
     for launch in large_launches(op, name):
         run_virtually(launch)
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_larger_adapters_are_declined(name: str) -> None:
+    """By name, and not below the size where the kernels' 32-bit offsets overflow."""
+    r, most = 256, 2**23
+    n, k = (512, most + 128) if name == "lora_a" else (most + 128, 512)
+    launches = [s.launch for s in registry.launches_of("lora_linear", GateCase(name, lambda: _lora(64, n, k, r)))]
+    forward, backward = (launch for launch in launches if launch.kernel.__name__ == "_expand_kernel")
+    with pytest.raises(OutOfBounds):
+        run_virtually(backward if name == "lora_a" else forward)
+
+    x, dy, w, a, b = (torch.empty(*shape, device="meta") for shape in ((64, k), (64, n), (n, k), (r, k), (n, r)))
+    shape = (r, k) if name == "lora_a" else (n, r)
+    reason = f"{name}: lora_linear's Triton kernels take up to 2^31 elements, not {shape}"
+    rest = None, None, 0.0, None
+    assert lora.declines("lora_linear", x, w, a, b, *rest) == reason
+    assert lora.declines("lora_linear_backward", dy, x, None, w, a, b, *rest) == reason
+    assert lora.declines("lora_linear", x, w, a[:, :most], b[:most], *rest) != reason

@@ -27,11 +27,14 @@ from tests.gpu_proof import interpreter, traffic
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEVER = 2**62
 
+# Multiples of 16 have tiles of their own.
+sizes = st.one_of(st.integers(1, 100), st.sampled_from(range(16, 113, 16)))
+
 cases = st.builds(
     LinearCase,
     m=st.integers(0, 70),
-    n=st.integers(1, 100),
-    k=st.integers(1, 100),
+    n=sizes,
+    k=sizes,
     r=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
     adapter_dtype=st.sampled_from([None, torch.float32]),
@@ -67,7 +70,10 @@ def test_drawn(kstep_min_m: int, case: LinearCase) -> None:
 
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k", "r"), [(150, 129, 400, 16), (1, 150, 600, 8), (70, 300, 70, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"),
+    [(150, 129, 399, 16), (150, 144, 400, 16), (1, 150, 600, 8), (70, 300, 70, 64), (70, 304, 80, 24)],
+)
 def test_several_blocks(dtype: torch.dtype, kstep_min_m: int, m: int, n: int, k: int, r: int) -> None:
     """Sizes that split the sums of every kernel."""
     inputs = LinearCase(
@@ -96,9 +102,10 @@ def test_more_rows_than_a_group_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])
+@pytest.mark.parametrize(("n", "k"), [(70, 50), (80, 48)], ids=["odd", "even"])
 @pytest.mark.parametrize("r", [64, 65, 128, 255, 256])
-def test_large_ranks(r: int, kstep_min_m: int) -> None:
-    inputs = LinearCase(m=33, n=70, k=50, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1, bias=True).inputs()
+def test_large_ranks(r: int, n: int, k: int, kstep_min_m: int) -> None:
+    inputs = LinearCase(m=33, n=n, k=k, r=r, dtype=torch.bfloat16, weight="dense", dropout_p=0.1, bias=True).inputs()
     with force(kstep_min_m=kstep_min_m):
         assert_right(inputs, run_ours(inputs))
 

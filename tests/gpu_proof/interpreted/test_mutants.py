@@ -221,7 +221,7 @@ LOAD_OF_W = (
     "at = first_column // 2 + tl.arange(0, COLUMNS // 2)\n        inside = (rows < N)[:, None] & (at < row_bytes)"
 )
 LOAD_OF_W_GEMV = "at = k // 2 + tl.arange(0, HALF)\n        inside = (rows < N)[:, None] & (at < row_bytes)"
-LOAD_OF_W_RAGGED = "inside = (rows < N)[:, None] & (columns < K)[None, :]\n        element"
+COLUMN_RAGGED, ROW_RAGGED = "tl.arange(0, COLUMNS), K - 1)", "tl.minimum(rows, N - 1)"
 LOAD_OF_X_GEMV = "(columns < K)[None, :], other=0.0).to(tl.float32)"
 STORE = "acc.to(out_ptr.dtype.element_ty), inside)"
 
@@ -248,12 +248,13 @@ def test_nf4_linear_with_wrong_values(broken: Break, case: LinearCase, change: t
     ("case", "change"),
     [
         (NF4_WIDE, within(LOAD_OF_W, "rows <", "rows <=")),
-        (NF4_RAGGED, within(LOAD_OF_W_RAGGED, "columns <", "columns <=")),
+        (NF4_RAGGED, within(COLUMN_RAGGED, "K - 1", "K")),
+        (NF4_RAGGED, within(ROW_RAGGED, "N - 1", "N")),
         (NF4_ONE, within(LOAD_OF_W_GEMV, "at <", "at <=")),
         (NF4_ONE, within(LOAD_OF_X_GEMV, "<", "<=")),
         (NF4_WIDE, within(STORE, "inside", "(rows <= M)[:, None] & (columns < J)[None, :]")),
     ],
-    ids=["row", "column", "gemv byte", "gemv x", "y"],
+    ids=["row", "column ragged", "row ragged", "gemv byte", "gemv x", "y"],
 )
 def test_nf4_linear_with_a_wide_mask(broken: Break, case: LinearCase, change: tuple[str, str]) -> None:
     broken(nf4_gemm, change)
