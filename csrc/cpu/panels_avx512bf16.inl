@@ -119,7 +119,9 @@ struct Bf16Engine {
                 const __mmask32 inside = first32(depth - k);
                 __m512i r[16];
                 for (int i = 0; i < 16; ++i) {
-                    r[i] = first + i < columns ? load32(w + (first + i) * stride + k, inside) : _mm512_setzero_si512();
+                    const T* const from = w + (first + i) * stride + k;
+                    _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+                    r[i] = first + i < columns ? load32(from, inside) : _mm512_setzero_si512();
                 }
                 transpose16(r);
                 uint16_t* const to = panel + k * kColumns + 32 * vector;
@@ -135,6 +137,8 @@ struct Bf16Engine {
             for (int j = 0; j < kColumns; j += 32) {
                 const __mmask32 inside = first32(columns - j);
                 const T* const from = w + i * stride + j;
+                _mm_prefetch(reinterpret_cast<const char*>(from + kRowsAhead * stride), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(from + (kRowsAhead + 1) * stride), _MM_HINT_T0);
                 const __m512i next = i + 1 < depth ? load32(from + stride, inside) : _mm512_setzero_si512();
                 interleave(load32(from, inside), next, panel + i * kColumns + 2 * j);
             }
