@@ -198,3 +198,34 @@ def test_an_abandoned_overwrite_is_the_same_before_and_after_eviction() -> None:
     assert pager.table[second].frame is None
     assert content() == before == 0
     pager.close()
+
+
+def test_what_was_touched_is_written_back_and_found_again() -> None:
+    """A pass that follows another over the same extents does without looking, but not after one that moved them."""
+    pager = Pager(FileTier(None, EXTENT), 3)
+    pager.allocate(6)
+    whole, part = (0, 1), (0,)
+    list(pager.sweep(whole))
+
+    def add(extents: tuple[int, ...]) -> bool:
+        addresses = pager.touch(extents)
+        if addresses is None:
+            return False
+        assert addresses == [pager.table[e].frame.data_ptr() for e in extents]  # type: ignore[union-attr]
+        for e in extents:
+            pager.table[e].frame.add_(1)  # type: ignore[union-attr]
+        return True
+
+    for round_ in range(1, 4):
+        assert [add(whole), add(whole), add(part), add(whole)] == [True] * 4
+        hits = pager.stats.hits
+        assert add(whole)
+        assert pager.stats.hits == hits + 2
+        list(pager.sweep([3, 4, 5], write=False))
+        assert not add(whole)
+        content = {e: int(frame[0]) for batch in pager.sweep(whole, write=False) for e, frame in batch}
+        assert content == {0: 5 * round_, 1: 4 * round_}  # though the passes that brought them did not change them
+    pager.reset()
+    with pytest.raises(IndexError):
+        pager.touch(whole)
+    pager.close()
