@@ -83,6 +83,7 @@ class Pager:
         self._free: list[Tensor] = []
         self._writes: deque[Transfer] = deque()
         self._sweeping = False
+        self._touched: tuple[tuple[int, ...], list[int]] | None = None  # of the last pass, if `touch` was it
 
     def allocate(self, n: int = 1) -> range:
         """Add extents that hold zeros; answers their numbers.
@@ -103,6 +104,7 @@ class Pager:
                 self._writes.popleft().result()
         self._free += [page.frame for page in self.table if page.frame is not None]
         self.table = []
+        self._touched = None
 
     def sweep(
         self, extents: Sequence[int], *, read: bool = True, write: bool = True
@@ -148,7 +150,7 @@ class Pager:
         finally:
             self._sweeping = False
 
-    def touch(self, extents: Sequence[int]) -> list[int] | None:
+    def touch(self, extents: tuple[int, ...]) -> list[int] | None:
         """A pass that changes extents which are all in frames, in memory of the host: their addresses.
 
         Returns:
@@ -156,16 +158,18 @@ class Pager:
         """
         if self._sweeping:
             raise PagingError("pages: a pass over the extents is already under way")
-        pages = [self.table[e] for e in extents]
-        addresses = [page.frame.data_ptr() for page in pages if page.frame is not None]
-        if len(addresses) < len(pages):
-            return None
         self._reap_writes()
-        for page in pages:
-            page.dirty = True
+        if self._touched is None or self._touched[0] is not extents:  # else all is as the last call left it
+            pages = [self.table[e] for e in extents]
+            addresses = [page.frame.data_ptr() for page in pages if page.frame is not None]
+            if len(addresses) < len(pages):
+                return None
+            for page in pages:
+                page.dirty = True
+            self._touched = extents, addresses
         self.stats.sweeps += 1
-        self.stats.hits += len(pages)
-        return addresses
+        self.stats.hits += len(extents)
+        return self._touched[1]
 
     def all_in_frames(self, extents: Sequence[int]) -> bool:
         """Whether a pass over these extents moves nothing."""
@@ -179,6 +183,7 @@ class Pager:
         """Give back frames, files and the thread."""
         self.table = []
         self._free = []
+        self._touched = None
         self.tier.close()
 
     def _passage(self, extents: Sequence[int], slices: Mapping[int, tuple[int, int]]) -> Passage:
@@ -213,6 +218,7 @@ class Pager:
         return self.tier.new_frame()
 
     def _start(self, extents: Sequence[int], read: bool) -> Sweep:
+        self._touched = None
         wanted = set(extents)
         work = Sweep(
             resident=deque(e for e in extents if self.table[e].frame is not None),

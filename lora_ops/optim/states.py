@@ -164,7 +164,7 @@ class PagedStates:
         for extent, members in parts.items():
             slices = [_part(jobs[i], s, views(anywhere, s.offset, s.n, s.bits)) for i, s in members]
             tables[extent] = Table(slices, [i for i, _ in members], anywhere.data_ptr())
-        extents = list(tables)
+        extents = tuple(tables)
 
         def swept(again: Again) -> None:
             for batch in self.pager.sweep(extents):

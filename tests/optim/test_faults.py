@@ -361,3 +361,27 @@ def test_a_fork_does_not_touch_the_pages(tmp_path: Path) -> None:
         paged(tmp_path)
     step(p, optimizer)
     optimizer.close()
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("budget", [4, 100])
+def test_what_a_fork_does_is_not_done_to_the_parent(budget: int, laid_out: bool) -> None:
+    """It may step where nothing moves, on a copy; where it is refused, extents in frames may come first."""
+    p = nn.Parameter(torch.randn(1 << 16))
+    optimizer = AdamW([p], page_budget=budget * EXTENT, extent_bytes=EXTENT)
+    for _ in range(3 if laid_out else 1):
+        step(p, optimizer)
+    assert (optimizer._routine is not None) == (laid_out and _native.available())
+    frames = [page.frame for page in optimizer._store.pager.table if page.frame is not None]  # type: ignore[union-attr]
+    before = [frame.clone() for frame in frames]
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # those of the parent's pool are not in the child
+        try:
+            step(p, optimizer)
+        except PagingError:
+            os._exit(7)
+        os._exit(6)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (7 if budget == 4 else 6)
+    assert all(map(torch.equal, frames, before))
+    optimizer.close()

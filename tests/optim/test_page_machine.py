@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lora_ops import _native
+from lora_ops.kernels.adamw import Again, Table
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.pages import Pager
 from lora_ops.optim.tiers import FileTier
@@ -198,3 +202,73 @@ def test_an_abandoned_overwrite_is_the_same_before_and_after_eviction() -> None:
     assert pager.table[second].frame is None
     assert content() == before == 0
     pager.close()
+
+
+def test_what_was_touched_is_written_back_and_found_again() -> None:
+    """A pass that follows another over the same extents does without looking, but not after one that moved them."""
+    pager = Pager(FileTier(None, EXTENT), 3)
+    pager.allocate(6)
+    whole, part = (0, 1), (0,)
+    list(pager.sweep(whole))
+
+    def add(extents: tuple[int, ...]) -> bool:
+        addresses = pager.touch(extents)
+        if addresses is None:
+            return False
+        assert addresses == [pager.table[e].frame.data_ptr() for e in extents]  # type: ignore[union-attr]
+        for e in extents:
+            pager.table[e].frame.add_(1)  # type: ignore[union-attr]
+        return True
+
+    for round_ in range(1, 4):
+        assert [add(whole), add(whole), add(part), add(whole)] == [True] * 4
+        hits = pager.stats.hits
+        assert add(whole)
+        assert pager.stats.hits == hits + 2
+        list(pager.sweep([3, 4, 5], write=False))
+        assert not add(whole)
+        content = {e: int(frame[0]) for batch in pager.sweep(whole, write=False) for e, frame in batch}
+        assert content == {0: 5 * round_, 1: 4 * round_}  # though the passes that brought them did not change them
+    pager.reset()
+    with pytest.raises(IndexError):
+        pager.touch(whole)
+    pager.close()
+
+
+def stream(pager: Pager, extents: Sequence[int]) -> int:
+    """A pass of native code that changes extents, with nothing to do on them; how many it had to fetch."""
+    before = pager.stats.misses, pager.tier.stats.bytes_read
+    again = Again([], [], [], [], None)
+    tier = pager.tier
+    assert isinstance(tier, FileTier)
+    stored = {e for e in extents if pager.table[e].frame is None and pager.table[e].stored}
+    pager.stream(
+        extents,
+        dict.fromkeys(extents, (0, 0)),
+        lambda passage: tier.stream(passage, lambda pages: Table([], []).run_in_pages(pages, again)),
+    )
+    assert tier.stats.bytes_read - before[1] == len(stored) * EXTENT
+    return pager.stats.misses - before[0]
+
+
+@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8, 9])
+def test_a_streamed_pass_misses_the_fewest_extents(frames: int, threads: int) -> None:
+    """All but those that frames hold, whatever came before; and what fits beside what is idle leaves it where it is."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    pager = Pager(FileTier(None, EXTENT), frames)
+    try:
+        pager.allocate(9)
+        for extents in (range(9), range(3, 9), range(4), range(9)):
+            stream(pager, extents)
+            assert [stream(pager, extents) for _ in range(4)] == [max(0, len(extents) - frames)] * 4
+        pager.reset()
+        pager.allocate(9)
+        for first in range(0, frames // 2 * 2, 2):  # two at a time, as many as there are frames for
+            assert stream(pager, [first, first + 1]) == 2
+        assert stream(pager, range(frames // 2 * 2)) == 0
+    finally:
+        pager.close()
+        torch.set_num_threads(usual)

@@ -6,6 +6,7 @@
 //
 // To cover a new function, write a case below and add it to `cases`.
 #include "fuzz.h"
+#include "pages.h"
 
 #include <time.h>
 
@@ -20,23 +21,6 @@ std::vector<float> code_map() {
     for (int i = 0; i < 256; ++i) map.push_back(static_cast<float>(2 * i - 255) / 255.0f);
     return map;
 }
-
-// The dynamic map of quant/blockwise8/reference.py, but for the last bits of its values.
-std::vector<float> dynamic_map(bool is_signed) {
-    std::vector<float> map = {0.0f, 1.0f};
-    double decade = 1e-6;
-    for (int d = 0; d < 7; ++d, decade *= 10) {
-        const int values = is_signed ? 1 << d : 2 << d;
-        for (int i = 0; i < values; ++i) {
-            map.push_back(static_cast<float>(decade * (0.1 + 0.9 * (i + 0.5) / values)));
-            if (is_signed) map.push_back(-map.back());
-        }
-    }
-    std::sort(map.begin(), map.end());
-    return map;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t any_block_size(Random& random) { return 32 * random.one_of<int64_t>({1, 2, 3, 4, 32, 128}); }
 
@@ -204,7 +188,8 @@ Case cases[] = {{"nf4 codec", nf4_codec, 0},
                 {"blockwise8", blockwise8, 0},
                 {"dropout mask", dropout_mask, 0},
                 {"lora", lora, 0},
-                {"adamw", adamw, 0}};
+                {"adamw", adamw, 0},
+                {"adamw pages", adamw_pages, 0}};
 
 double seconds() {
     timespec t;

@@ -97,4 +97,21 @@ class Bytes {
 
 inline int any_dtype(Random& random) { return random.one_of<int>({LORA_OPS_F32, LORA_OPS_F16, LORA_OPS_BF16}); }
 
+// The dynamic map of quant/blockwise8/reference.py, but for the last bits of its values.
+inline std::vector<float> dynamic_map(bool is_signed) {
+    std::vector<float> map = {0.0f, 1.0f};
+    double decade = 1e-6;
+    for (int d = 0; d < 7; ++d, decade *= 10) {
+        const int values = is_signed ? 1 << d : 2 << d;
+        for (int i = 0; i < values; ++i) {
+            map.push_back(static_cast<float>(decade * (0.1 + 0.9 * (i + 0.5) / values)));
+            if (is_signed) map.push_back(-map.back());
+        }
+    }
+    std::sort(map.begin(), map.end());
+    return map;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 }  // namespace fuzz
