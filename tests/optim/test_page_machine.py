@@ -272,3 +272,15 @@ def test_a_streamed_pass_misses_the_fewest_extents(frames: int, threads: int) ->
     finally:
         pager.close()
         torch.set_num_threads(usual)
+
+
+@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+def test_a_new_extent_is_zeros_in_a_frame_that_was_used() -> None:
+    pager = Pager(FileTier(None, EXTENT), 1)
+    pager.allocate(3)
+    for batch in pager.sweep([0]):
+        batch[0][1].fill_(7)
+    stream(pager, [1, 2])
+    content = {e: frame.unique().tolist() for batch in pager.sweep(range(3), write=False) for e, frame in batch}
+    assert content == {0: [7], 1: [0], 2: [0]}
+    pager.close()

@@ -83,6 +83,22 @@ def test_a_routine_step_gives_the_same_bits(bits: int, pages: dict[str, int] | N
         twins.fast.close()
 
 
+def test_streamed_pages_keep_the_bits_of_stochastic_rounding() -> None:
+    """Laid out, with states in 8 and in 32 bits."""
+    results = []
+    for pages in ({}, {"page_budget": 12 << 10, "extent_bytes": 4096}):
+        params = [nn.Parameter(p.bfloat16()) for p in grads(1000)]
+        optimizer = AdamW(params, state_bits=8, stochastic_rounding=True, seed=3, **pages)
+        for number in range(6):
+            for p, grad in zip(params, grads(number), strict=True):
+                p.grad = grad.bfloat16()
+            optimizer.step()
+        assert optimizer._routine is not None
+        optimizer.close()
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("frames", [2, 3, 7])
 def test_threads_that_stream_do_not_change_bits(frames: int, threads: int) -> None:
