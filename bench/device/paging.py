@@ -78,10 +78,9 @@ class DelayedAdamW(AdamW):
         self.late = late
         super().__init__(params, **kwargs)
 
-    def _tier(self, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
-        device = self.param_groups[0]["params"][0].device
+    def _tier(self, device: torch.device, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
         if device.type == "cpu":
-            return super()._tier(page_dir, host_budget, extent_bytes)
+            return super()._tier(device, page_dir, host_budget, extent_bytes)
         return self._cuda_tier(Delayed(device, self.late), page_dir, host_budget, extent_bytes)
 
 
