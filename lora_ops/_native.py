@@ -442,17 +442,16 @@ def adamw_fields(
     fields: Any, count: int, constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
 ) -> None:
     """`adamw` of `count` slices that lie in memory already; fields is their address or a ctypes array."""
-    status = library().lora_ops_adamw(
-        fields,
-        count,
-        constants.data_ptr(),
-        constants.shape[0],
-        signed_map.data_ptr(),
-        unsigned_map.data_ptr(),
-        None if seed is None else byref(c_uint64(seed & (2**64 - 1))),
-        torch.get_num_threads(),
-    )
+    status = library().lora_ops_adamw(*_adamw_arguments(fields, count, constants, signed_map, unsigned_map, seed))
     _check(status, "adamw", "slices")
+
+
+def _adamw_arguments(
+    fields: Any, count: int, constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
+) -> tuple[Any, ...]:
+    pointers = constants.data_ptr(), constants.shape[0], signed_map.data_ptr(), unsigned_map.data_ptr()
+    seed_pointer = None if seed is None else byref(c_uint64(seed & (2**64 - 1)))
+    return fields, count, *pointers, seed_pointer, torch.get_num_threads()
 
 
 def adamw_pages(
@@ -469,18 +468,8 @@ def adamw_pages(
     A file that cannot be read or written is no exception: the report tells.
     """
     report = PageReport()
-    status = library().lora_ops_adamw_pages(
-        byref(table),
-        fields,
-        count,
-        constants.data_ptr(),
-        constants.shape[0],
-        signed_map.data_ptr(),
-        unsigned_map.data_ptr(),
-        None if seed is None else byref(c_uint64(seed & (2**64 - 1))),
-        torch.get_num_threads(),
-        byref(report),
-    )
+    arguments = _adamw_arguments(fields, count, constants, signed_map, unsigned_map, seed)
+    status = library().lora_ops_adamw_pages(byref(table), *arguments, byref(report))
     if status != _IO:
         _check(status, "adamw_pages", "slices")
     return report

@@ -57,9 +57,8 @@ struct Mixed {
     static constexpr int pair(int i) { return 8 * (i / 2 % 2) + 2 * (i / 4) + i % 2; }
 };
 
-// 64 elements in an order for which no instruction is needed but a shift and a permute a half: 16-bit lane l < 16 of half
-// h is element 4 l + 2 h + 1, lane 16 + l the one before it. Unlike multishift and like nothing else that would serve,
-// shifts by lane run beside vdpbf16ps: on Zen 4 the two share no pipe.
+// 64 elements in an order that takes a shift and a permute a half: 16-bit lane l < 16 of half h is element 4 l + 2 h + 1,
+// lane 16 + l the one before it. Unlike multishift, shifts by lane run beside vdpbf16ps: on Zen 4 they share no pipe.
 struct Folded {
     __m512i shift[2];
     Folded() {

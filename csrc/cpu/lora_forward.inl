@@ -63,7 +63,8 @@ int Lora<V>::forward_few(const LoraForward& f) {
             typename V::F sums[kFewRowsOfS];
             for (int64_t i = 0; i < f.m; ++i) sums[i] = V::zero();
             with_type(adapter.a, adapter.a_dtype, [&](auto* a) {
-                constexpr bool kAsItIs = std::is_same_v<decltype(a), std::conditional_t<kPair == 2, const BF16*, const float*>>;
+                using AsItIs = std::conditional_t<kPair == 2, const BF16*, const float*>;
+                constexpr bool kAsItIs = std::is_same_v<decltype(a), AsItIs>;
                 for (int64_t c = 0; c < k; c += kTileColumns) {
                     const int64_t columns = std::min(kTileColumns, k - c), width = round_up(columns, 64 * kPair);
                     const auto* row = reinterpret_cast<const uint32_t*>(a + j * k + c);

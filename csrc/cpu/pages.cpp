@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -41,7 +42,9 @@ struct Update {
 };
 
 lora_ops_adamw_slice in_frame(lora_ops_adamw_slice s, char* frame) {
-    const auto move = [&](auto*& p) { p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(frame + reinterpret_cast<intptr_t>(p)); };
+    const auto move = [&](auto*& p) {
+        p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(frame + reinterpret_cast<intptr_t>(p));
+    };
     move(s.exp_avg);
     move(s.exp_avg_sq);
     if (s.exp_avg_absmax) {
@@ -87,7 +90,8 @@ class Pages {
         std::unique_lock<std::mutex> hold(mutex_);
         // Whoever holds the frame that is waited for needs no other: it will be freed, or the step has failed.
         freed_.wait(hold, [&] {
-            return failed() || next_ == t_.n_order || t_.pages[t_.order[next_]].frame >= 0 || !idle_.empty() || !done_.empty();
+            return failed() || next_ == t_.n_order || t_.pages[t_.order[next_]].frame >= 0 || !idle_.empty() ||
+                   !done_.empty();
         });
         if (failed() || next_ == t_.n_order) {
             freed_.notify_all();

@@ -184,11 +184,7 @@ def test_writes_that_fail_cost_no_frames(tmp_path: Path, monkeypatch: pytest.Mon
             ):
                 step(p, optimizer)
         optimizer.load_checkpoint(tmp_path / "x")
-    before = optimizer.paging_stats()
-    step(p, optimizer)
-    after = optimizer.paging_stats()
-    assert after.hits - before.hits == 4
-    assert after.resident == 4 * EXTENT
+    assert_every_frame_serves(p, optimizer)
     optimizer.close()
 
 
@@ -235,12 +231,16 @@ def test_a_routine_step_on_a_disk_that_fails(flags: int, what: str, tmp_path: Pa
         with pytest.raises(PagingError, match="a step was cut short"):
             optimizer.save_checkpoint(tmp_path / "bad")
         optimizer.load_checkpoint(tmp_path / "x")
+    assert_every_frame_serves(p, optimizer)
+    optimizer.close()
+
+
+def assert_every_frame_serves(p: nn.Parameter, optimizer: AdamW) -> None:
     before = optimizer.paging_stats()
     step(p, optimizer)
     after = optimizer.paging_stats()
     assert after.hits - before.hits == 4
     assert after.resident == 4 * EXTENT
-    optimizer.close()
 
 
 def fail(number: int) -> Callable[..., None]:
