@@ -33,7 +33,7 @@ class Passage:
     spare: NDArray[np.int64]
 
     def table(self, fd: int, extent_bytes: int) -> _native.PageTable:
-        """The C view; it holds for as long as this object lives."""
+        """The C view, which needs this object as long as it is used."""
         addresses = np.array([frame.data_ptr() for frame in self.frames], dtype=np.int64)
         table = _native.PageTable(fd, extent_bytes)
         for name, array in (
