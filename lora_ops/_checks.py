@@ -34,8 +34,7 @@ def check_dtype(name: str, t: Tensor, allowed: Sequence[torch.dtype]) -> None:
 
 def check_shape(name: str, t: Tensor, **dims: int) -> None:
     """Raise ValueError unless `t.shape` equals the named dimensions, in the order given."""
-    expected = tuple(dims.values())
-    if tuple(t.shape) != expected:
+    if t.shape != tuple(dims.values()):
         want = ", ".join(f"{k}={v}" for k, v in dims.items())
         raise ValueError(f"{name}: expected ({want}), got {tuple(t.shape)}")
 

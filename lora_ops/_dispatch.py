@@ -201,13 +201,13 @@ def is_plain_call(*operands: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or _dispatcher_state() not in _PLAIN_STATES or _profiler_enabled():
         return False
-    wants_grad = torch.is_grad_enabled()
+    wants_grad, keys = torch.is_grad_enabled(), torch._C._dispatch_keys
     for t in operands:
         if t is None:
             continue
         if type(t) not in _PLAIN_TYPES or (wants_grad and t.requires_grad):
             return False
-        if torch._C._dispatch_keys(t).raw_repr() not in _PLAIN_KEYS:
+        if keys(t).raw_repr() not in _PLAIN_KEYS:
             return False
     return True
 

@@ -239,9 +239,14 @@ def _check(status: int, function: str, argument: str) -> None:
         raise NativeError(f"{function}: refused its arguments (status {status})")
 
 
+# A layer's structures are the same in every call, and to make them takes a tenth of a small layer's time.
+_adapter_view = functools.lru_cache(maxsize=1024)(Adapter)
+_nf4_view = functools.lru_cache(maxsize=1024)(NF4Weight)
+
+
 def nf4_weight(packed: Tensor, absmax: Tensor, block_size: int) -> NF4Weight:
     """The C view of an NF4 weight."""
-    return NF4Weight(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
+    return _nf4_view(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
 
 
 def nested_nf4_weight(
@@ -249,7 +254,7 @@ def nested_nf4_weight(
 ) -> NF4Weight:
     """The C view of a double-quantized NF4 weight: absmax holds uint8 codes into absmax_map."""
     pointers = (t.data_ptr() for t in (absmax, absmax_map, nested_absmax))
-    return NF4Weight(packed.data_ptr(), None, *pointers, nested_offset, block_size)
+    return _nf4_view(packed.data_ptr(), None, *pointers, nested_offset, block_size)
 
 
 def nf4_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
@@ -343,6 +348,8 @@ def adapter(
     """The C view of an adapter: lora_a [R, K] and lora_b [N, R], both contiguous, and its dropout."""
     (n, r), k = lora_b.shape, lora_a.shape[1]
     pointers = lora_a.data_ptr(), lora_b.data_ptr(), _DTYPES[lora_a.dtype], _DTYPES[lora_b.dtype]
+    if not threshold:
+        return _adapter_view(*pointers, n, k, r, scale)
     return Adapter(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
 
 

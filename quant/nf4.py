@@ -150,19 +150,19 @@ def check_nf4(name: str, q: object, *, dim: int | None = None) -> None:
         raise ValueError(f"{name}: expected {dim} dimensions, got shape {tuple(q.shape)}")
     n = q.numel()
     n_blocks = -(-n // q.block_size)
-    _check_part(f"{name}.packed", q.packed, torch.uint8, ((n + 1) // 2, 1))
+    _check_part(name, "packed", q.packed, torch.uint8, ((n + 1) // 2, 1))
     if q.nested_absmax is None:
-        _check_part(f"{name}.absmax", q.absmax, torch.float32, (n_blocks,))
+        _check_part(name, "absmax", q.absmax, torch.float32, (n_blocks,))
         return
-    _check_part(f"{name}.absmax", q.absmax, torch.uint8, (n_blocks,))
-    _check_part(f"{name}.nested_absmax", q.nested_absmax, torch.float32, (-(-n_blocks // NESTED_BLOCK_SIZE),))
+    _check_part(name, "absmax", q.absmax, torch.uint8, (n_blocks,))
+    _check_part(name, "nested_absmax", q.nested_absmax, torch.float32, (-(-n_blocks // NESTED_BLOCK_SIZE),))
     if q.nested_offset is None:
         raise ValueError(f"{name}.nested_offset: expected a 0-d float32 tensor, got None")
-    _check_part(f"{name}.nested_offset", q.nested_offset, torch.float32, ())
+    _check_part(name, "nested_offset", q.nested_offset, torch.float32, ())
 
 
-def _check_part(name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    if t.dtype != dtype or tuple(t.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected {dtype} of shape {tuple(shape)}, got {t.dtype} of shape {tuple(t.shape)}")
+def _check_part(name: str, part: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if t.dtype != dtype or t.shape != shape:
+        raise ValueError(f"{name}.{part}: expected {dtype} of shape {shape}, got {t.dtype} of shape {tuple(t.shape)}")
     if not t.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
+        raise ValueError(f"{name}.{part}: expected a contiguous tensor, got strides {t.stride()}")

@@ -110,7 +110,7 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     weight = args[0] if op == "lora_linear" else args[2]
     if isinstance(weight, NF4Tensor):
         return nf4.declines("nf4_linear", lead, weight)
-    if lead.device.type != "cpu":
+    if not lead.is_cpu:
         return f"native kernels run on cpu, not on {lead.device.type}"
     return f"native kernels have no {lead.dtype}" if lead.dtype == torch.float64 else None
 

@@ -20,6 +20,13 @@ from lora_ops._checks import (
 from lora_ops._dispatch import Op, is_plain_call
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
 
+# The adapter's, by x's.
+_ADAPTER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
 _ADAPTER = "Tensor lora_a, Tensor lora_b, Tensor scale, float dropout_p, Tensor? seed"
 _fwd = Op(f"lora_linear(Tensor x, Tensor? bias, {_ADAPTER}, {OPERANDS_SCHEMA}) -> (Tensor y, Tensor s)", __package__)
 _bwd = Op(
@@ -189,12 +196,13 @@ def lora_linear(
             raise ValueError("weight: expected requires_grad=False (lora_linear computes no gradient for it)")
     n, k = weight.shape
     check_last_dim("x", x, k)
-    check_dtype("lora_a", lora_a, FLOAT_DTYPES if autocast else _adapter_dtypes(x.dtype))
+    adapter_dtypes = FLOAT_DTYPES if autocast else _ADAPTER_DTYPES[x.dtype]
+    check_dtype("lora_a", lora_a, adapter_dtypes)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a: expected (R >= 1, K={k}), got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
     check_shape("lora_a", lora_a, R=r, K=k)
-    check_dtype("lora_b", lora_b, FLOAT_DTYPES if autocast else _adapter_dtypes(x.dtype))
+    check_dtype("lora_b", lora_b, adapter_dtypes)
     check_shape("lora_b", lora_b, N=n, R=r)
     if bias is not None:
         check_dtype("bias", bias, like_x)
@@ -211,10 +219,6 @@ def lora_linear(
             x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, seed, *operands(weight)
         )  # fmt: skip
     return y
-
-
-def _adapter_dtypes(x_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    return (x_dtype,) if x_dtype in (torch.float32, torch.float64) else (x_dtype, torch.float32)
 
 
 @functools.lru_cache(maxsize=64)

@@ -56,10 +56,16 @@ def decode_rows(q: NF4Tensor, begin_row: int, end_row: int, out: Tensor) -> Tens
 
 def declines(op: str, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    operand, target = args[0], args[0] if op == "quantize_nf4" else args[1]
-    dtype = target if isinstance(target, torch.dtype) else target.dtype
-    if operand.device.type != "cpu":
-        return f"native kernels run on cpu, not on {operand.device.type}"
+    if op == "quantize_nf4":
+        return declines_dtype(args[0], args[0].dtype)
+    q, target = args
+    return declines_dtype(q.packed, target if isinstance(target, torch.dtype) else target.dtype)
+
+
+def declines_dtype(lead: Tensor, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve values of `dtype` on `lead`'s device, or None."""
+    if not lead.is_cpu:
+        return f"native kernels run on cpu, not on {lead.device.type}"
     if dtype not in _native.FLOAT_DTYPES:
         return f"native NF4 kernels have no {dtype_name(dtype)}"
     return _native.unavailable_reason()

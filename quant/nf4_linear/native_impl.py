@@ -40,7 +40,7 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
 
 def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    return codec.declines("dequantize_nf4", q, lead.dtype)
+    return codec.declines_dtype(q.packed, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}
