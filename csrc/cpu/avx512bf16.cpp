@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include <new>
+
 #include "gemm.h"
 #include "kernels.h"
 #include "load_avx512.inl"
@@ -30,10 +32,7 @@ enum class Kind { kOther, kDotAligned, kDotAny, kWide, kPanels };
 Kind kind_of(const Gemm& g) {
     if (g.dtype != LORA_OPS_BF16) return Kind::kOther;
     if (g.dx) return Kind::kPanels;
-    if (!g.dense && is_aligned(g)) {
-        const bool stays = g.m <= kMostDotRows && g.m * g.k * int64_t{sizeof(BF16)} <= kMostDotX;
-        return stays || g.m <= kDotTile ? Kind::kDotAligned : Kind::kPanels;
-    }
+    if (!g.dense && g.k > 0 && is_aligned(g)) return g.m <= kMostDotRows ? Kind::kDotAligned : Kind::kPanels;
     if (!g.dense && g.m <= kDotTile) return Kind::kDotAny;
     return g.m <= most_wide_rows(g) ? Kind::kWide : Kind::kPanels;
 }
@@ -43,7 +42,10 @@ GemmPlan gemm_plan(const Gemm& g, int n_threads) {
     switch (kind_of(g)) {
         case Kind::kOther: return kAvx512Gemm.plan(g, n_threads);
         case Kind::kPanels: return panel_plan<Bf16Engine>(g, n_threads);
-        case Kind::kDotAligned: plan.shared_bytes = g.m * g.k * int64_t{sizeof(BF16)}; [[fallthrough]];
+        case Kind::kDotAligned:
+            plan.shared_bytes = DotShared::bytes(g);
+            plan.scratch_bytes = DotScratch(g, nullptr).bytes;
+            [[fallthrough]];
         case Kind::kDotAny: plan.tasks = ceil_div(g.n, kDotColumns); return plan;
         case Kind::kWide: break;
     }
@@ -56,7 +58,11 @@ GemmPlan gemm_plan(const Gemm& g, int n_threads) {
 void gemm_prepare(const Gemm& g, const GemmPlan& plan, char* shared) {
     if (!plan.shared_bytes) return;
     BF16* const to = reinterpret_cast<BF16*>(shared);
-    if (kind_of(g) == Kind::kDotAligned) return pack_dots(g, to);
+    if (kind_of(g) == Kind::kDotAligned) {
+        const DotShared dots(g, shared);
+        if (!g.w.absmax) new (dots.map) ScaleBytes(g.w.absmax_map);
+        return pack_dots(g, dots.x);
+    }
     return pack_wide(g, to);
 }
 
@@ -65,7 +71,7 @@ void gemm_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char* sh
     switch (kind_of(g)) {
         case Kind::kOther: return kAvx512Gemm.task(g, plan, task, shared, scratch);
         case Kind::kPanels: return panel_task<Bf16Engine, BF16>(g, plan, task, scratch);
-        case Kind::kDotAligned: return dot_aligned_task(g, x, task);
+        case Kind::kDotAligned: return dot_aligned_task(g, DotShared(g, const_cast<char*>(shared)), task, scratch);
         case Kind::kWide: return wide_dot_task(g, x, task, scratch);
         case Kind::kDotAny: break;
     }

@@ -139,6 +139,10 @@ inline void scales_of_64(const lora_ops_nf4_weight& w, int64_t first, int64_t n,
         memcpy(scales, w.absmax + block, sizeof(float) * n);
         return;
     }
+    if (groups == 1) {
+        for (int64_t i = 0; i < n; ++i) scales[i] = nf4_absmax(w, block + i);
+        return;
+    }
     int64_t left = groups - first % w.block_size / 64;
     for (int64_t i = 0; i < n; ++block, left = groups) {
         const float scale = nf4_absmax(w, block);
