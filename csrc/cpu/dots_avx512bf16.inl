@@ -6,18 +6,18 @@ namespace {
 
 // Two to four rows of W are decoded in registers and multiplied at once with up to eight rows of x, along K.
 //
-// A group of 64 weights is decoded while the group before it is multiplied, across the ends of rows. In order, its loads,
-// its table and its permutes are a chain of 25 cycles that the scheduler does not see early enough: with 8 rows of x and
-// 2 of W a group takes 42 cycles then and 37 so, where the products need 32 and the tables 5 (Zen 4). Decoding must also
-// keep off the two pipes that multiply: see Folded.
+// A group of 64 weights is decoded while the group before it is multiplied, across the ends of rows. In order, its
+// loads, its table and its permutes are a chain of 25 cycles that the scheduler does not see early enough: with 8 rows
+// of x and 2 of W a group takes 42 cycles then and 37 so, where the products need 32 and the tables 5 (Zen 4). Decoding
+// must also keep off the two pipes that multiply: see Folded.
 //
-// More than four rows of x go by parts of K, so that x comes from the L1 cache, from which L2 is too slow beside W: 40
-// cycles a group. After each part the 16 sums of a product become one, 16 vectors one: to store them all took 35 cycles.
+// More than four rows of x go by parts of K, so that x comes from the L1 cache: L2 is too slow for it beside W, with 40
+// cycles a group. After each part the 16 sums of a product become one. To store them all took 35 cycles.
 //
 // What limits a few rows is how many lines of W, and of its scales, are on their way from memory. Rows of W that are
-// worked on together are therefore far apart, each the head of a stream of its own for the hardware's prefetcher, with a
-// fetch ahead of it that reaches over the end of a row. Two Zen 4 cores, 4096 x 4096, dense weights used in between, ms
-// for 1, 8, 16 and 32 rows: 0.28, 0.77, 1.47, 2.77; without fetching scales 0.28, 0.80, 1.60, 2.95.
+// worked on together are therefore far apart, each the head of a stream of its own for the hardware's prefetcher, with
+// a fetch ahead of it that reaches over the end of a row. Two Zen 4 cores, 4096 x 4096, dense weights used in between,
+// ms for 1, 8, 16 and 32 rows: 0.28, 0.77, 1.47, 2.77; without fetching scales 0.28, 0.80, 1.60, 2.95.
 constexpr int kMostDotRows = 48;           // more are faster in panels
 constexpr int kDotTile = 8;                // rows of x at once: 16 sums, two decoded groups of two rows of W
 constexpr int64_t kDotColumns = 64;        // rows of W in a task
@@ -281,7 +281,7 @@ struct DotShared {
         return g.m * g.k * int64_t{sizeof(BF16)} + (g.w.absmax ? 0 : int64_t{sizeof(ScaleBytes)});
     }
     DotShared(const Gemm& g, char* memory)
-        : x(reinterpret_cast<BF16*>(memory)), map(reinterpret_cast<ScaleBytes*>(memory + g.m * g.k * int64_t{sizeof(BF16)})) {}
+        : x(reinterpret_cast<BF16*>(memory)), map(reinterpret_cast<ScaleBytes*>(x + g.m * g.k)) {}
 };
 
 // All of x with the rows of W and the terms of a pass.
