@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora_ops import _native
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
 from lora_ops.quant.nf4_codec.native_impl import weight_of
+from lora_ops.quant.nf4_codec.reference import absmax_of
 from tests.cases import LinearCase, LinearInputs, assert_right
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +77,7 @@ cases = st.builds(
     m=st.one_of(st.integers(1, 9), st.integers(1, 60)),
     n=st.one_of(st.integers(1, 5), st.integers(1, 150)),
     # Multiples of 64 take the aligned kernels; beyond 1024 a sum of fp32 engines spans two panels.
-    k=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 320, 1024, 1025, 1088, 2100])),
+    k=st.one_of(st.integers(1, 300), st.sampled_from([64, 128, 320, 1024, 1025, 1088, 2100, 2240])),
     dtype=st.sampled_from(DTYPES),
     block_size=st.sampled_from(BLOCK_SIZES),
     double_quant=st.booleans(),
@@ -206,3 +208,33 @@ def test_bad_arguments_are_refused() -> None:
     assert call(stride_y=3) == call(dtype=7) == call(n_threads=0) == bad
     w.block_size = 33
     assert call() == bad
+
+
+@pytest.mark.parametrize("m", [1, 4, 8, 20])
+def test_blocks_may_straddle_tasks(m: int) -> None:
+    """The C ABI takes any multiple of 32; a task, 64 rows of W, then begins within a block."""
+    n, k, block_size = 150, 320, 192
+    w = torch.randn(n, k)
+    packed = torch.empty(n * k // 2, dtype=torch.uint8)
+    absmax = torch.empty(n * k // block_size)
+    _native.nf4_quantize(w, block_size, packed, absmax)
+    weight = _native.nf4_weight(packed, absmax, block_size)
+    dense = torch.empty(n, k)
+    _native.nf4_dequantize(weight, 0, n * k, dense)
+
+    x, y = torch.randn(m, k).bfloat16(), torch.empty(m, n, dtype=torch.bfloat16)
+    _native.nf4_linear(weight, x, None, y)
+    torch.testing.assert_close(y.float(), x.float() @ dense.bfloat16().float().T, rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("m", [1, 4, 8, 20, 60])
+@pytest.mark.parametrize(("k", "block_size"), [(2240, 64), (704, 128), (300, 64)])
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_double_quantized_scales_to_the_last_bit(isa: str, k: int, block_size: int, m: int) -> None:
+    """Looked up in whatever way, they are those of the reference: sums in bfloat16 would hide an error of 1 / 256."""
+    q = quantize_nf4(torch.randn(150, k) * torch.rand(150, 1), block_size=block_size, double_quant=True)
+    single = replace(q, absmax=absmax_of(q), nested_absmax=None, nested_offset=None)
+    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, 150).bfloat16()
+    with _native.force_isa(isa):
+        assert torch.equal(product(x, q), product(x, single))
+        assert torch.equal(product(dy, q, dx=True), product(dy, single, dx=True))
