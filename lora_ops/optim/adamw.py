@@ -252,7 +252,6 @@ class AdamW(torch.optim.Optimizer):
         except BaseException as error:
             self._failed = f"{what} was cut short ({type(error).__name__}: {error})"
             raise
-        self._failed = None
 
     def _follow(self) -> None:
         """Keep states with their parameters when `param_groups` or `state` were changed by hand.
@@ -390,6 +389,7 @@ class AdamW(torch.optim.Optimizer):
         raise TypeError("AdamW cannot be pickled or copied: use state_dict or save_checkpoint")
 
     def _load(self, groups: list[dict[str, Any]], steps: dict[int, int], source: Any) -> None:
+        self._check_open()
         params = self._params()
         bits = [group["state_bits"] for group in groups for _ in group["params"]]
         specs = [self._spec(i, params[i], bits[i]) for i in steps]
@@ -406,6 +406,7 @@ class AdamW(torch.optim.Optimizer):
                 self.state[params[i]] = {"step": step}
             self._owners = {i: params[i] for i in steps}
             self.param_groups = groups
+            self._failed = None
 
     def _spec(self, index: int, p: Tensor, bits: int) -> Spec:
         if self._page_device is not None and p.device != self._page_device:
@@ -419,9 +420,12 @@ class AdamW(torch.optim.Optimizer):
         """The folder that the pages are in, or None."""
         return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise PagingError("AdamW: the optimizer was closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         if self._failed:
             raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
 

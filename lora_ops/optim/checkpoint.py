@@ -169,6 +169,9 @@ class CheckpointFile:
         try:
             self._read_header()
             self._verify()
+        except OSError as error:
+            os.close(self._fd)
+            raise PagingError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
         except BaseException:
             os.close(self._fd)
             raise

@@ -444,6 +444,50 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     assert seen == [f"{tmp_path}/x.partial", "rename", str(tmp_path)]
 
 
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(PagingError, match="cannot read the checkpoint: Is a directory"):
+        AdamW([nn.Parameter(torch.ones(3))]).load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("pages", [{}, {"page_budget": "1MiB"}], ids=["no pages", "pages"])
+def test_a_closed_optimizer_loads_nothing(pages: dict[str, Any], tmp_path: Path) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdamW([p], **pages)
+    optimizer.step()
+    state = optimizer.state_dict()
+    optimizer.save_checkpoint(tmp_path / "x")
+    optimizer.close()
+    for load in (lambda: optimizer.load_state_dict(state), lambda: optimizer.load_checkpoint(tmp_path / "x")):
+        with pytest.raises(PagingError, match="the optimizer was closed"):
+            load()
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_a_step_inside_a_step_is_seen_ever_after(laid_out: bool, tmp_path: Path) -> None:
+    """As another thread makes it: the outer one ends, and does not hide that the other did not."""
+    p, optimizer = paged(tmp_path)
+    for _ in range(3 if laid_out else 0):
+        step(p, optimizer)
+    store = optimizer._store
+    assert isinstance(store, PagedStates)
+    name = "stream" if laid_out else "sweep"
+    plain = getattr(store.pager, name)
+
+    def nested(*args: Any, **kwargs: Any) -> Any:
+        setattr(store.pager, name, plain)
+        store.pager._sweeping = True
+        with pytest.raises(PagingError, match="a pass over the extents is already under way"):
+            optimizer.step()
+        store.pager._sweeping = False
+        return plain(*args, **kwargs)
+
+    setattr(store.pager, name, nested)
+    step(p, optimizer)
+    with pytest.raises(PagingError, match="already under way"):
+        step(p, optimizer)
+
+
 def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Callable) -> None:
     a, b = nn.Parameter(torch.randn(5000)), nn.Parameter(torch.randn(6000))
     for p in (a, b):
