@@ -306,6 +306,14 @@ def test_errors() -> None:
         lora_linear(x, w, a, b, scale=1.0, dropout_p=1.5)
     with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\], got nan"):
         lora_linear(x, w, a, b, scale=1.0, dropout_p=float("nan"))
+    for p in (None, "0.1", torch.tensor(0.1)):
+        with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\], got .*(None|0.1)"):
+            lora_linear(x, w, a, b, scale=1.0, dropout_p=p)  # type: ignore[arg-type]
+    for scale in (None, "2", 2j):
+        with pytest.raises(ValueError, match=r"scale: expected a number or a floating 0-d tensor, got (None|'2'|2j)"):
+            lora_linear(x, w, a, b, scale=scale)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"seed: expected an integer or an int64 0-d tensor, got 1\.5"):
+        lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1, seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale: expected requires_grad=False"):
         lora_linear(x, w, a, b, scale=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ValueError, match="scale: expected a number or a floating 0-d tensor"):
