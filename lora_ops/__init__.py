@@ -1,6 +1,6 @@
 """lora_ops: fused LoRA and NF4 kernels for fine-tuning language models."""
 
-from lora_ops import functional, nn
+from lora_ops import functional, nn, optim
 from lora_ops._dispatch import BackendError, Trace, trace, use_backend
 from lora_ops.inject import eject, inject, injection_report
 from lora_ops.quant.nf4 import NF4Tensor
@@ -16,6 +16,7 @@ __all__ = [
     "inject",
     "injection_report",
     "nn",
+    "optim",
     "trace",
     "use_backend",
 ]

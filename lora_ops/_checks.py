@@ -57,5 +57,5 @@ def check_last_dim(name: str, t: Tensor, k: int) -> None:
 
 
 def check_probability(name: str, p: float) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+    if p is None or isinstance(p, (str, Tensor)) or not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p!r}")

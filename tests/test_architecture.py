@@ -82,6 +82,12 @@ def test_import_needs_torch_and_numpy_only() -> None:
     assert loaded == torch_loads
 
 
+@pytest.mark.parametrize("name", ["functional.nf4_linear", "nn.LoRALinear", "optim.AdamW"])
+def test_import_lora_ops_is_enough(name: str) -> None:
+    """For what README writes as lora_ops.optim.AdamW; in a process of its own, where nothing else imported it."""
+    run(f"import lora_ops; lora_ops.{name}")
+
+
 def test_hugging_face_kernels_is_not_shadowed() -> None:
     """From the root of the checkout `import kernels` is Hugging Face's package and not our folder."""
     pytest.importorskip("kernels", reason='Hugging Face\'s kernels is missing: pip install -e ".[test]"')

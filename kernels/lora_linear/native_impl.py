@@ -108,6 +108,8 @@ def lora_linear_backward(
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     weight = args[0] if op == "lora_linear" else args[2]
+    if 0 in weight.shape:
+        return f"native LoRA kernels have no weights of shape {tuple(weight.shape)}"
     if isinstance(weight, NF4Tensor):
         return nf4.declines("nf4_linear", lead, weight)
     if not lead.is_cpu:

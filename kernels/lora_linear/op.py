@@ -208,6 +208,8 @@ def lora_linear(
         check_dtype("bias", bias, like_x)
         check_shape("bias", bias, N=n)
     check_probability("dropout_p", dropout_p)
+    if scale is None or isinstance(scale, (str, complex)):
+        raise ValueError(f"scale: expected a number or a floating 0-d tensor, got {scale!r}")
     packed = weight.packed if isinstance(weight, NF4Tensor) else weight
     check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
     seed = _seed_tensor(seed, dropout_p, x.device)
@@ -247,6 +249,8 @@ def _seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devi
         return None
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, (str, float)):
+        raise ValueError(f"seed: expected an integer or an int64 0-d tensor, got {seed!r}")
     if not isinstance(seed, Tensor):
         return torch.full((), seed, dtype=torch.int64, device=device)
     if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:

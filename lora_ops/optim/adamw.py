@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -87,15 +88,18 @@ class AdamW(torch.optim.Optimizer):
             if budget is None and given is not None:
                 raise ValueError(f"{name}: expected together with page_budget, got {name} alone")
         pinned = None if host_budget is None else parse_bytes("host_budget", host_budget)
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
         self._seed = seed if stochastic_rounding else None
         self._failed: str | None = None
-        self._added: set[int] = set()
+        self._owners: dict[int, Tensor] = {}  # by number: the parameter whose states the store holds under it
         self._pattern: list[int] = []  # the parameters that had a gradient in the last step
         self._routine: _Routine | None = None
         self.page_budget = budget
         self._page_device: torch.device | None = None
         _import_dynamo()
-        hyperparameters = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        betas = tuple(betas) if isinstance(betas, list) else betas
+        hyperparameters = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
         self._store: ResidentStates | PagedStates = ResidentStates()
         if budget is not None:
@@ -146,6 +150,7 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -172,19 +177,17 @@ class AdamW(torch.optim.Optimizer):
         if self._routine and Table.serves() and self._step_again(self._routine):
             return loss
         self._routine = None
+        self._follow()
         params, jobs, rows = self._plan()
         if not jobs:
             return loss
-        try:
+        with self._failing("a step"):
             self._store.step(jobs, rows, self._seed)
-        except BaseException as error:
-            self._failed = f"a step was cut short ({type(error).__name__}: {error})"
-            raise
-        for p, job in zip(params, jobs, strict=True):
-            if job.param.data_ptr() != p.data_ptr():  # a contiguous copy
-                p.copy_(job.param.view(p.shape))
-            self.state[p]["step"] = job.step
-        increment_version(params)
+            for p, job in zip(params, jobs, strict=True):
+                if job.param.data_ptr() != p.data_ptr():  # a contiguous copy
+                    p.copy_(job.param.view(p.shape))
+                self.state[p]["step"] = job.step
+            increment_version(params)
         self._note_routine(params, jobs)
         return loss
 
@@ -213,11 +216,13 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 known, address, numel, dtype, state = next(members, _NOBODY)
                 grad = p.grad
-                if p is not known or (grad is None) != (state is None):
+                if p is not known or (grad is None) != (state is None) or self.state.get(p) is not state:
                     return False
                 if grad is None or state is None:
                     continue
                 if p.data_ptr() != address or grad.dtype is not dtype or grad.layout is not torch.strided:
+                    return False
+                if not p.is_contiguous():
                     return False
                 step = state["step"] + 1
                 if not grad.is_contiguous() or grad.numel() != numel or step != (first or step):
@@ -232,15 +237,35 @@ class AdamW(torch.optim.Optimizer):
                 steps.append(step)
         if next(members, None) is not None:
             return False
-        try:
+        with self._failing("a step"):
             routine.run(Again(grads, index, steps, rows, self._seed))
-        except BaseException as error:
-            self._failed = f"a step was cut short ({type(error).__name__}: {error})"
-            raise
-        for state, step in zip(states, steps, strict=True):
-            state["step"] = step
-        increment_version(params)
+            for state, step in zip(states, steps, strict=True):
+                state["step"] = step
+            increment_version(params)
         return True
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """Whatever ends the block before its end, even Ctrl-C, leaves states that are neither old nor new."""
+        try:
+            yield
+        except BaseException as error:
+            self._failed = f"{what} was cut short ({type(error).__name__}: {error})"
+            raise
+
+    def _follow(self) -> None:
+        """Keep states with their parameters when `param_groups` or `state` were changed by hand.
+
+        Parameters that were moved take their states along, those that were taken out lose them, and one whose entry in
+        `state` was deleted begins anew.
+        """
+        now = {p: i for i, p in enumerate(self._params())}
+        moved = {number: now.get(p) if "step" in self.state.get(p, {}) else None for number, p in self._owners.items()}
+        if all(number == new for number, new in moved.items()):
+            return
+        with self._failing("moving states"):
+            self._store.rename(moved)
+            self._owners = {new: self._owners[number] for number, new in moved.items() if new is not None}
 
     def _plan(self) -> tuple[list[Tensor], list[Job], list[tuple[float, ...]]]:
         """The parameters with a gradient, a job for each, and the constants of each (group, step) once."""
@@ -256,17 +281,18 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 _check_grad(index, p)
-                if index not in self._added:
+                if index not in self._owners:
                     specs.append(self._spec(index, p, group["state_bits"]))
                 step = self.state[p].get("step", 0) + 1
                 if step not in row_of:
                     row_of[step] = len(rows)
                     rows.append(_constants(step, group))
                 params.append(p)
-                jobs.append(Job(index, p.detach().reshape(-1), p.grad.detach().reshape(-1), row_of[step], step))
+                jobs.append(Job(index, _flat(p), _flat(p.grad), row_of[step], step))
         if specs:
             self._store.add(specs)
-            self._added.update(spec.index for spec in specs)
+            members = self._params()
+            self._owners.update((spec.index, members[spec.index]) for spec in specs)
             if isinstance(self._store, PagedStates):
                 logger.info("%s", paging_stats(self._store))
         return params, jobs, rows
@@ -279,16 +305,19 @@ class AdamW(torch.optim.Optimizer):
         With pages the tensors are copies on the CPU that live in files (deleted already; the space returns with the
         tensors): in the folder of the pages, or where there is none, in the one for temporary files.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._check_usable()
-        packed = super().state_dict()
+        self._follow()
         sink = statedict.FileBackedSink(self._folder()) if self.page_budget is not None else statedict.TensorSink()
         self._store.drain(sink)
-        shapes = [p.shape for p in self._params()]
-        packed["state"] = {
-            index: statedict.entry(state["step"], sink.tensors(index), shapes[index])
-            for index, state in packed["state"].items()
-            if "step" in state
+        state = {
+            index: statedict.entry(self.state[p]["step"], sink.tensors(index), p.shape)
+            for index, p in sorted(self._owners.items())
         }
+        packed = {"state": state, "param_groups": statedict.packed_groups(self.param_groups)}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            packed = after(self, packed) or packed
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -299,8 +328,10 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: if groups or shapes do not fit; nothing is changed then.
         """
+        state_dict = state_dict.copy()  # a hook may change it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        statedict.check_keys(state_dict)
         groups = statedict.matched_groups(self.param_groups, state_dict["param_groups"])
         source = statedict.TensorSource(state_dict, self._params())
         self._load(groups, source.steps, source)
@@ -321,7 +352,8 @@ class AdamW(torch.optim.Optimizer):
             PagingError: if it cannot be written; an earlier file at `path` is untouched.
         """
         self._check_usable()
-        steps = {i: self.state[p]["step"] for i, p in enumerate(self._params()) if "step" in self.state.get(p, {})}
+        self._follow()
+        steps = {i: self.state[p]["step"] for i, p in sorted(self._owners.items())}
         extra = {f"param.{i}": p.detach() for i, p in enumerate(self._params())} if params else {}
         checkpoint.save(Path(path), self._store, self.param_groups, steps, extra)
 
@@ -357,21 +389,24 @@ class AdamW(torch.optim.Optimizer):
         raise TypeError("AdamW cannot be pickled or copied: use state_dict or save_checkpoint")
 
     def _load(self, groups: list[dict[str, Any]], steps: dict[int, int], source: Any) -> None:
+        self._check_open()
         params = self._params()
         bits = [group["state_bits"] for group in groups for _ in group["params"]]
         specs = [self._spec(i, params[i], bits[i]) for i in steps]
-        self._failed = "loading a state was cut short"
+        for group in groups:
+            _check_group(group)
         self._routine = None
-        self._store.reset()
-        self.state.clear()
-        self._added = set()
-        self._store.add(specs)
-        self._store.fill(source)
-        self._added = set(steps)
-        for i, step in steps.items():
-            self.state[params[i]] = {"step": step}
-        self.param_groups = groups
-        self._failed = None
+        with self._failing("loading a state"):
+            self._store.reset()
+            self.state.clear()
+            self._owners = {}
+            self._store.add(specs)
+            self._store.fill(source)
+            for i, step in steps.items():
+                self.state[params[i]] = {"step": step}
+            self._owners = {i: params[i] for i in steps}
+            self.param_groups = groups
+            self._failed = None
 
     def _spec(self, index: int, p: Tensor, bits: int) -> Spec:
         if self._page_device is not None and p.device != self._page_device:
@@ -385,9 +420,12 @@ class AdamW(torch.optim.Optimizer):
         """The folder that the pages are in, or None."""
         return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
 
-    def _check_usable(self) -> None:
+    def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise PagingError("AdamW: the optimizer was closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
         if self._failed:
             raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
 
@@ -426,6 +464,11 @@ def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:
     )  # fmt: skip
 
 
+def _flat(t: Tensor) -> Tensor:
+    """The elements in a row: a view, or a copy if they are strided (of which reshape may still make a view)."""
+    return t.detach().reshape(-1).contiguous()
+
+
 def _check_grad(index: int, p: Tensor) -> None:
     grad = p.grad
     if grad is None or grad.is_sparse or grad.dtype not in _DTYPES:
@@ -438,17 +481,30 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    lr, betas = float(group["lr"]), group["betas"]
-    if not lr >= 0:
-        raise ValueError(f"lr: expected at least 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-    if not group["eps"] >= 0:
-        raise ValueError(f"eps: expected at least 0, got {group['eps']}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay: expected at least 0, got {group['weight_decay']}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not _number(name, group[name]) >= 0:
+            raise ValueError(f"{name}: expected at least 0, got {_number(name, group[name])}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    for name in ("amsgrad", "differentiable"):
+        if group.get(name):
+            raise ValueError(f"{name}: expected False, which is all that this optimizer does, got {group[name]!r}")
     if group["state_bits"] not in (8, 32):
         raise ValueError(f"state_bits: expected 32 or 8, got {group['state_bits']}")
+    if len(set(group["params"])) < len(group["params"]):
+        raise ValueError("params: expected each parameter once, got one twice in a group")
     for p in group["params"]:
         if p.dtype not in _DTYPES:
             raise ValueError(f"params: expected dtype {_names(_DTYPES)}, got {_names([p.dtype])}")
+        if p.layout is not torch.strided:
+            raise ValueError(f"params: expected dense tensors, got layout {p.layout}")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str):  # "1e-5" is one to PyYAML
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected a number, got {value!r}") from None

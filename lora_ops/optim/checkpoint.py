@@ -22,6 +22,7 @@ from lora_ops.optim.buffers import bytes_of, write_all
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import BLOCK_SIZE, States, part_dtype, part_numel
+from lora_ops.optim.statedict import packed_groups
 from lora_ops.optim.states import PagedStates, ResidentStates
 
 FORMAT = "lora_ops.optim.AdamW 2"
@@ -144,12 +145,7 @@ def _signed(number: int) -> int:
 
 
 def _metadata(groups: Sequence[Mapping[str, Any]], steps: Mapping[int, int]) -> dict[str, str]:
-    saved, start = [], 0
-    for group in groups:
-        n = len(group["params"])
-        plain = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        saved.append({**plain, "params": list(range(start, start + n))})
-        start += n
+    saved = [{k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()} for group in packed_groups(groups)]
     try:
         text = json.dumps(saved)
     except TypeError as error:
@@ -173,6 +169,9 @@ class CheckpointFile:
         try:
             self._read_header()
             self._verify()
+        except OSError as error:
+            os.close(self._fd)
+            raise PagingError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
         except BaseException:
             os.close(self._fd)
             raise
@@ -203,9 +202,9 @@ class CheckpointFile:
     def check(self, params: Sequence[Tensor]) -> None:
         """Raise ValueError unless states and parameters in the file have the sizes of `params`."""
         for i, p in enumerate(params):
-            for name in (f"state.{i}.exp_avg", f"param.{i}"):
-                if name in self._tensors and (n := math.prod(self._tensors[name]["shape"])) != p.numel():
-                    raise ValueError(f"{self.path}: {name}: expected {p.numel()} elements, got {n}")
+            for name, expected in ((f"state.{i}.exp_avg", (p.numel(),)), (f"param.{i}", tuple(p.shape))):
+                if name in self._tensors and (shape := tuple(self._tensors[name]["shape"])) != expected:
+                    raise ValueError(f"{self.path}: {name}: expected shape {expected}, got {shape}")
 
     def _read_header(self) -> None:
         size = int.from_bytes(os.pread(self._fd, 8, 0), "little")

@@ -111,6 +111,8 @@ def converted(states: States, bits: int) -> States:
     if states.bits == bits:
         return states
     if bits == 8:
+        if not (states.exp_avg.isfinite().all() and states.exp_avg_sq.isfinite().all()):
+            raise ValueError("states: expected finite values to code in 8 bits, got inf or NaN")
         m, m_absmax = quantize_blockwise8(states.exp_avg, block_size=BLOCK_SIZE, signed=True)
         v, v_absmax = quantize_blockwise8(states.exp_avg_sq, block_size=BLOCK_SIZE, signed=False)
         return States(m, v, m_absmax, v_absmax)

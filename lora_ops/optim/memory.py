@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
+import torch
 from torch import Tensor
 
 from lora_ops.optim.layout import Packer, effective_bits, state_bytes
@@ -25,14 +27,20 @@ def parse_bytes(name: str, value: int | str) -> int:
     Raises:
         ValueError: if it is neither or not positive.
     """
+    wanted = f"{name}: expected bytes or a string such as '2GiB' or '500MB', got {value!r}"
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"{name}: expected bytes or a string such as '2GiB' or '500MB', got {value!r}")
+            raise ValueError(wanted)
         number = int(float(match[1]) * unit)
+    elif isinstance(value, bytes):
+        raise ValueError(wanted)
     else:
-        number = int(value)
+        try:
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):  # NaN, inf, a list
+            raise ValueError(wanted) from None
     if number <= 0:
         raise ValueError(f"{name}: expected a positive number of bytes, got {value!r}")
     return number
@@ -48,12 +56,19 @@ def choose_extent_bytes(page_budget: int, device: str = "cpu") -> int:
 
 def check_extents(page_budget: int, extent_bytes: int) -> None:
     """Raise ValueError unless extents are whole pages and at least two of them fit the budget."""
-    if extent_bytes < PAGE or extent_bytes % PAGE:
-        raise ValueError(f"extent_bytes: expected a multiple of {PAGE}, got {extent_bytes}")
+    if not isinstance(extent_bytes, int) or extent_bytes < PAGE or extent_bytes % PAGE:
+        raise ValueError(f"extent_bytes: expected a multiple of {PAGE}, got {extent_bytes!r}")
     if page_budget < 2 * extent_bytes:
         raise ValueError(
             f"page_budget: expected at least {2 * extent_bytes} bytes, two extents of {extent_bytes}, got {page_budget}"
         )
+
+
+def _numel(p: Tensor | int) -> int:
+    n = p.numel() if isinstance(p, Tensor) else p
+    if not isinstance(n, Integral) or n < 0:
+        raise ValueError(f"params: expected tensors or numbers of elements, got {p!r}")
+    return int(n)
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def optimizer_memory(
     state_bits: int = 32,
     page_budget: int | str | None = None,
     extent_bytes: int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> OptimizerMemory:
     """What AdamW's states will need, with and without paging; nothing is allocated.
 
@@ -90,13 +105,23 @@ def optimizer_memory(
     Returns:
         The memory by tier. With a budget, whole extents count, and `slow` is the size of the page file, or on CUDA
         that of pinned memory (with a host_budget that of the file, and pinned memory comes on top).
+
+    Raises:
+        TypeError, ValueError: if an argument is out of range.
     """
-    numels = [p if isinstance(p, int) else p.numel() for p in params]
+    if state_bits not in (8, 32):
+        raise ValueError(f"state_bits: expected 32 or 8, got {state_bits!r}")
+    kind = torch.device(device).type
+    if kind not in MAX_EXTENT:
+        raise ValueError(f"device: expected one of {', '.join(MAX_EXTENT)}, got {str(device)!r}")
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected several tensors or numbers of elements, got one tensor")
+    numels = [_numel(p) for p in params]
     if page_budget is None:
         states = sum(state_bytes(n, effective_bits(n, state_bits)) for n in numels)
         return OptimizerMemory(states, states, 0, 0, 0)
     budget = parse_bytes("page_budget", page_budget)
-    extent = choose_extent_bytes(budget, device) if extent_bytes is None else extent_bytes
+    extent = choose_extent_bytes(budget, kind) if extent_bytes is None else extent_bytes
     check_extents(budget, extent)
     packer = Packer(extent)
     for n in numels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,23 @@ def entry(step: int, tensors: dict[str, Tensor], shape: torch.Size) -> dict[str,
     """The state of one parameter; torch keeps the step in a tensor."""
     shaped = {name: t if name.endswith("absmax") else t.view(shape) for name, t in tensors.items()}
     return {"step": torch.tensor(float(step)), **shaped}
+
+
+def packed_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with numbers, counted through all groups, in place of parameters."""
+    packed, first = [], 0
+    for group in groups:
+        n = len(group["params"])
+        packed.append({**group, "params": list(range(first, first + n))})
+        first += n
+    return packed
+
+
+def check_keys(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless it looks like a state dict."""
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict: expected 'state' and 'param_groups', got no {', '.join(sorted(missing))}")
 
 
 def matched_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,10 +58,14 @@ def matched_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> li
         {
             **mine,
             **{k: deepcopy(v) for k, v in its.items() if k not in kept},
-            "betas": tuple(its.get("betas", mine["betas"])),
+            "betas": _tuple(its.get("betas", mine["betas"])),
         }
         for mine, its in zip(own, saved, strict=True)
     ]
+
+
+def _tuple(betas: Any) -> Any:
+    return tuple(betas) if isinstance(betas, list) else betas
 
 
 class TensorSink:
@@ -70,7 +91,10 @@ class FileBackedSink:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="state_dict-", dir=folder)
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="state_dict-", dir=folder)
+        except OSError as error:
+            raise PagingError(f"{folder}: cannot save the state: {error.strerror}") from error
         self._parts: dict[int, dict[str, tuple[Path, torch.dtype, int]]] = defaultdict(dict)
 
     def write(self, index: int, first: int, states: States) -> None:
@@ -115,7 +139,7 @@ class TensorSource:
             saved = state_dict["state"].get(saved_id)
             if saved:
                 self._states[index] = _states_of(index, saved, params[index])
-                self.steps[index] = int(saved["step"])
+                self.steps[index] = _step(index, saved["step"])
 
     def states(self, index: int, first: int, n: int) -> States | None:
         """States of elements [first, first + n)."""
@@ -130,14 +154,32 @@ def _states_of(index: int, saved: dict[str, Any], param: Tensor) -> States:
     missing = {"step", "exp_avg", "exp_avg_sq"} - saved.keys()
     if missing:
         raise ValueError(f"state_dict: parameter {index} has no {', '.join(sorted(missing))}; is it AdamW's?")
-    coded = saved["exp_avg"].dtype == torch.uint8
+    coded = isinstance(saved["exp_avg"], Tensor) and saved["exp_avg"].dtype == torch.uint8
     names = States.names(8 if coded else 32)
     for name in names:
         if name not in saved:
             raise ValueError(f"state_dict: parameter {index} has 8-bit codes and no {name}")
-        expected = part_numel(name, param.numel())
-        if saved[name].numel() != expected:
-            raise ValueError(
-                f"state_dict: parameter {index}: {name}: expected {expected} elements, got {saved[name].numel()}"
-            )
+        _check_part(f"state_dict: parameter {index}: {name}", saved[name], name, param, coded)
     return States(*(saved[name].detach().reshape(-1) for name in names))
+
+
+def _check_part(where: str, t: Any, name: str, param: Tensor, coded: bool) -> None:
+    if not isinstance(t, Tensor) or t.is_meta:
+        raise ValueError(
+            f"{where}: expected a tensor with values, got {'one on meta' if isinstance(t, Tensor) else t!r}"
+        )
+    if (t.dtype != torch.uint8) if coded and not name.endswith("absmax") else not t.is_floating_point():
+        raise ValueError(f"{where}: expected {'uint8' if coded else 'floating'} values, got {t.dtype}")
+    expected = (part_numel(name, param.numel()),) if name.endswith("absmax") else tuple(param.shape)
+    if tuple(t.shape) != expected:
+        raise ValueError(f"{where}: expected shape {expected}, got {tuple(t.shape)}")
+
+
+def _step(index: int, step: Any) -> int:
+    try:
+        number = int(step)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = -1
+    if number < 0:
+        raise ValueError(f"state_dict: parameter {index}: step: expected a number of at least 0, got {step!r}")
+    return number

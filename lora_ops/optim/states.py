@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
@@ -99,6 +99,10 @@ class ResidentStates:
         for index, states in self.states.items():
             yield index, 0, states.exp_avg.numel(), states.bits
 
+    def rename(self, numbers: Mapping[int, int | None]) -> None:
+        """Give every parameter another number; those with None are forgotten."""
+        self.states = {new: self.states[old] for old, new in numbers.items() if new is not None}
+
     def reset(self) -> None:
         """Forget every parameter."""
         self.states = {}
@@ -126,6 +130,9 @@ class PagedStates:
         self.segments: dict[int, list[Segment]] = {}
         self._packer = Packer(extent_bytes)
         self._views: dict[tuple[int, int], tuple[Tensor, States]] = {}
+        self._spare: dict[tuple[int, int], list[list[Segment]]] = defaultdict(
+            list
+        )  # of forgotten ones, by size and bits
 
     def add(self, specs: Sequence[Spec]) -> None:
         """Place new parameters in extents, which begin as zeros.
@@ -134,12 +141,32 @@ class PagedStates:
             PagingError: if the slow tier has no room; nothing is changed then.
         """
         packer = copy(self._packer)  # ours is untouched if there is no room: the step may be tried again
-        placed = {spec.index: packer.place(spec.numel, spec.bits) for spec in specs}
+        spare = {size: list(rooms) for size, rooms in self._spare.items()}
+        placed: dict[int, list[Segment]] = {}
+        used: list[Segment] = []
+        for spec in specs:
+            if rooms := spare.get((spec.numel, spec.bits)):
+                placed[spec.index] = rooms.pop()
+                used += placed[spec.index]
+            else:
+                placed[spec.index] = packer.place(spec.numel, spec.bits)
         missing = packer.n_extents - len(self.pager.table)
         if missing > 0:
             self.pager.allocate(missing)
+        self._zero(used)
         self._packer = packer
+        self._spare = defaultdict(list, spare)
         self.segments.update(placed)
+
+    def _zero(self, segments: Sequence[Segment]) -> None:
+        parts: dict[int, list[Segment]] = defaultdict(list)
+        for s in segments:
+            parts[s.extent].append(s)
+        for batch in self.pager.sweep(list(parts)):
+            for extent, frame in batch:
+                for s in parts[extent]:
+                    for t in views(frame, s.offset, s.n, s.bits).tensors().values():
+                        t.zero_()
 
     def step(self, jobs: Sequence[Job], rows: Sequence[tuple[float, ...]], seed: int | None) -> None:
         """Update every parameter, in one kernel call for each batch of extents that the pager brings."""
@@ -224,12 +251,23 @@ class PagedStates:
             if not segments:
                 yield index, 0, 0, 32
 
+    def rename(self, numbers: Mapping[int, int | None]) -> None:
+        """Give every parameter another number; those with None are forgotten, and their room serves for others."""
+        before, self.segments, self._views = self.segments, {}, {}
+        for old, new in numbers.items():
+            segments = before[old]
+            if new is not None:
+                self.segments[new] = segments
+            elif segments:
+                self._spare[sum(s.n for s in segments), segments[0].bits].append(segments)
+
     def reset(self) -> None:
         """Forget every parameter; frames and file are kept."""
         self.pager.reset()
         self.segments = {}
         self._packer = Packer(self.extent_bytes)
         self._views = {}
+        self._spare = defaultdict(list)
 
     def close(self) -> None:
         """Give back memory and files."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_ops
 from lora_ops import _native
-from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear
+from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import operands
 from tests.cases import LinearCase, LinearInputs, assert_right, run_ours
@@ -189,6 +189,21 @@ def test_special_values_pass_through(backend: str) -> None:
     assert not bool(y[[0, 2]].isnan().any())
 
 
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (5, 0), (0, 0)])
+def test_weights_without_elements(n: int, k: int, weight: str) -> None:
+    """As torch takes them: y is the bias."""
+    w = torch.empty(n, k)
+    x, a, b = (torch.ones(shape, requires_grad=True) for shape in ((3, k), (2, k), (n, 2)))
+    bias = torch.ones(n, requires_grad=True)
+    y = lora_linear(x, quantize_nf4(w) if weight == "nf4" else w, a, b, scale=1.0, bias=bias, dropout_p=0.5)
+    assert torch.equal(y, torch.ones(3, n))
+    y.sum().backward()
+    assert [t.grad is not None and t.grad.shape == t.shape for t in (x, a, b, bias)] == [True] * 4
+    assert torch.equal(b.grad, torch.zeros(n, 2))
+    assert torch.equal(bias.grad, torch.full((n,), 3.0))
+
+
 def test_repeatable(backend: str) -> None:
     i = LinearCase(m=128, n=96, k=160, r=8, dtype=torch.bfloat16, dropout_p=0.1).inputs()
     first, second = run_ours(i), run_ours(i)
@@ -291,6 +306,14 @@ def test_errors() -> None:
         lora_linear(x, w, a, b, scale=1.0, dropout_p=1.5)
     with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\], got nan"):
         lora_linear(x, w, a, b, scale=1.0, dropout_p=float("nan"))
+    for p in (None, "0.1", torch.tensor(0.1)):
+        with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\], got .*(None|0.1)"):
+            lora_linear(x, w, a, b, scale=1.0, dropout_p=p)  # type: ignore[arg-type]
+    for scale in (None, "2", 2j):
+        with pytest.raises(ValueError, match=r"scale: expected a number or a floating 0-d tensor, got (None|'2'|2j)"):
+            lora_linear(x, w, a, b, scale=scale)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"seed: expected an integer or an int64 0-d tensor, got 1\.5"):
+        lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1, seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale: expected requires_grad=False"):
         lora_linear(x, w, a, b, scale=torch.tensor(1.0, requires_grad=True))
     with pytest.raises(ValueError, match="scale: expected a number or a floating 0-d tensor"):

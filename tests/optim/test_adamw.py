@@ -105,6 +105,18 @@ def test_stochastic_rounding_has_the_right_mean(backend: str) -> None:
     assert not torch.equal(drawn, other)
 
 
+def test_strided_parameters_and_gradients() -> None:
+    """Of which reshape(-1) is a strided view."""
+    start, g = torch.randn(30, 40), torch.randn(30, 40)
+    p, q = nn.Parameter(start.clone()[:, ::2]), nn.Parameter(start[:, ::2].contiguous())
+    wide, narrow = AdamW([p]), torch.optim.AdamW([q])
+    for _ in range(4):
+        p.grad, q.grad = g[:, ::2], g[:, ::2].contiguous()
+        wide.step()
+        narrow.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_non_contiguous_and_empty_parameters(adamw: Callable) -> None:
     start = torch.randn(70, 90)
     results = []
@@ -178,6 +190,31 @@ def test_loading_keeps_what_is_the_optimizers_own() -> None:
     assert group["params"][0] is made[1]
 
 
+def test_hooks_of_saving() -> None:
+    """They see the whole state, and may give another."""
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdamW([p])
+    optimizer.step()
+    seen: list[Any] = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before"))
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(sorted(state["state"][0])))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "more": 1})
+    assert optimizer.state_dict()["more"] == 1
+    assert seen == ["before", ["exp_avg", "exp_avg_sq", "step"]]
+
+
+def test_a_compiled_step() -> None:
+    p, q = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    one, two = AdamW([p]), AdamW([q])
+    step = torch.compile(one.step, backend="eager")
+    for i in range(4):
+        p.grad, q.grad = (torch.full((5,), i - 1.5) for _ in range(2))
+        step()
+        two.step()
+    assert torch.equal(p, q)
+
+
 def test_hooks_of_loading() -> None:
     """As in torch: the one before may give another state, the one after is called once it is loaded."""
     p = nn.Parameter(torch.ones(3))
@@ -224,6 +261,14 @@ def test_loading_converts_bits(adamw: Callable) -> None:
         ({"page_budget": 0}, "page_budget: expected a positive number"),
         ({"page_budget": 100_000}, "page_budget: expected at least 131072 bytes, two extents of 65536, got 100000"),
         ({"page_budget": "1MiB", "extent_bytes": 5000}, "extent_bytes: expected a multiple of 4096, got 5000"),
+        ({"page_budget": "1MiB", "extent_bytes": "64KiB"}, "extent_bytes: expected a multiple of 4096, got '64KiB'"),
+        ({"page_budget": float("nan")}, "page_budget: expected bytes or a string such as '2GiB' or '500MB', got nan"),
+        ({"page_budget": "1MiB", "page_dir": 3}, "page_dir: expected the path of a folder, got 3"),
+        ({"lr": "1e-5"}, "lr: expected a number, got '1e-5'"),
+        ({"eps": None}, "eps: expected a number, got None"),
+        ({"betas": 0.9}, r"betas: expected two numbers in \[0, 1\), got 0.9"),
+        ({"stochastic_rounding": True, "seed": None}, "seed: expected an integer of 64 bits, got None"),
+        ({"seed": 2**63}, "seed: expected an integer of 64 bits, got 9223372036854775808"),
     ],
 )
 def test_errors_name_the_argument(kwargs: dict[str, Any], message: str) -> None:
@@ -234,6 +279,13 @@ def test_errors_name_the_argument(kwargs: dict[str, Any], message: str) -> None:
 def test_errors_of_parameters_and_gradients() -> None:
     with pytest.raises(ValueError, match="params: expected dtype float32, bfloat16, float16, got float64"):
         AdamW([nn.Parameter(torch.ones(3).double())])
+    with pytest.raises(ValueError, match=r"params: expected dense tensors, got layout torch\.sparse_coo"):
+        AdamW([nn.Parameter(torch.eye(3).to_sparse())])
+    p = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="got one twice in a group"):
+        AdamW([p, p])
+    with pytest.raises(ValueError, match=r"amsgrad: expected False, .* got True"):
+        AdamW([{"params": [p], "amsgrad": True}])
     table = nn.Embedding(10, 3, sparse=True)
     optimizer = AdamW(table.parameters())
     table(torch.tensor([1])).sum().backward()
@@ -247,7 +299,7 @@ def test_errors_of_state_dicts(adamw: Callable) -> None:
     other = AdamW([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match=r"expected groups of \[1\] parameters, got \[5, 4\]"):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match="parameter 0: exp_avg: expected 3 elements, got 6500"):
+    with pytest.raises(ValueError, match=r"parameter 0: exp_avg: expected shape \(3,\), got \(100, 65\)"):
         other.load_state_dict({"state": {0: state["state"][0]}, "param_groups": other.state_dict()["param_groups"]})
     for cls, decay in ((torch.optim.Adam, 0.1), (torch.optim.AdamW, 0.1), (torch.optim.Adam, 0.0)):
         foreign = cls([nn.Parameter(torch.ones(3))], weight_decay=decay).state_dict()
@@ -258,3 +310,31 @@ def test_errors_of_state_dicts(adamw: Callable) -> None:
             other.load_state_dict(foreign)
     with pytest.raises(ValueError, match="parameter 0 has no exp_avg, exp_avg_sq; is it AdamW's"):
         other.load_state_dict({"state": {0: {"step": 1}}, "param_groups": other.state_dict()["param_groups"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exp_avg": torch.zeros(4, 3)}, r"exp_avg: expected shape \(3, 4\), got \(4, 3\)"),
+        ({"exp_avg_sq": torch.zeros(3, 4, dtype=torch.int32)}, "exp_avg_sq: expected floating values, got torch.int32"),
+        ({"exp_avg": torch.zeros(3, 4, device="meta")}, "exp_avg: expected a tensor with values, got 'one on meta'"),
+        ({"exp_avg": None}, "exp_avg: expected a tensor with values, got None"),
+        ({"step": torch.tensor(-1.0)}, r"step: expected a number of at least 0, got tensor\(-1.\)"),
+        ({"step": torch.tensor(float("nan"))}, r"step: expected a number of at least 0, got tensor\(nan\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, Any], message: str) -> None:
+    p = nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.ones(3, 4)
+    optimizer = AdamW([p])
+    optimizer.step()
+    state = optimizer.state_dict()
+    before = {name: t.clone() for name, t in state["state"][0].items()}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict({**state, "state": {0: {**state["state"][0], **change}}})
+    with pytest.raises(ValueError, match=r"lr: expected at least 0, got -1\.0"):
+        optimizer.load_state_dict({**state, "param_groups": [{**state["param_groups"][0], "lr": -1.0}]})
+    with pytest.raises(ValueError, match="state_dict: expected 'state' and 'param_groups', got no state"):
+        optimizer.load_state_dict({"param_groups": state["param_groups"]})
+    assert all(torch.equal(t, before[name]) for name, t in optimizer.state_dict()["state"][0].items())
+    optimizer.step()

@@ -6,11 +6,14 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +95,120 @@ def test_two_owners_of_one_folder(tmp_path: Path) -> None:
         paged(tmp_path)
     optimizer.close()
     paged(tmp_path)[1].close()
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the process goes to another one: saving finds it, and nothing is left in it."""
+    monkeypatch.chdir(tmp_path)
+    p = nn.Parameter(torch.ones(5000))
+    optimizer = AdamW([p], page_budget=16 << 10, extent_bytes=8 << 10, page_dir="pages")
+    p.grad = torch.ones(5000)
+    optimizer.step()
+    monkeypatch.chdir("/")
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], torch.full((5000,), 0.1))
+    optimizer.close()
+    assert not list((tmp_path / "pages").iterdir())
+
+
+def test_a_folder_that_is_gone_names_itself_in_the_error(tmp_path: Path) -> None:
+    p = nn.Parameter(torch.ones(5000))
+    optimizer = AdamW([p], page_budget=16 << 10, extent_bytes=8 << 10, page_dir=tmp_path / "pages")
+    p.grad = torch.ones(5000)
+    optimizer.step()
+    shutil.rmtree(tmp_path / "pages")
+    with pytest.raises(PagingError, match=r"pages: cannot save the state: No such file"):
+        optimizer.state_dict()
+    optimizer.step()  # the page file is open
+    optimizer.close()
+
+
+@pytest.mark.parametrize("name", ["lora_ops.lock", "lora_ops.pages"])
+def test_what_a_link_points_to_is_not_written(name: str, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / name).symlink_to(tmp_path / "other")
+    with suppress(PagingError):
+        AdamW([nn.Parameter(torch.ones(3))], page_budget="1MiB", page_dir=tmp_path / "pages").close()
+    assert (tmp_path / "other").read_text() == "kept"
+
+
+def test_a_folder_in_the_place_of_the_page_file(tmp_path: Path) -> None:
+    (tmp_path / "lora_ops.pages").mkdir()
+    for _ in range(2):  # the lock is let go of
+        with pytest.raises(PagingError, match=r"cannot write in .*: Is a directory \(.*lora_ops.pages\)"):
+            AdamW([nn.Parameter(torch.ones(3))], page_budget="1MiB", page_dir=tmp_path)
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["planned", "laid out"])
+@pytest.mark.parametrize("pages", [{}, {"page_budget": 16 << 10, "extent_bytes": 8 << 10}], ids=["no pages", "pages"])
+def test_an_interrupt_at_any_line_of_a_step(pages: dict[str, int], steps: int) -> None:
+    """Ctrl-C leaves the old state or the new one, or an optimizer that refuses to go on."""
+    sizes = (5000, 300)
+
+    def grads(params: list[nn.Parameter], step: int) -> None:
+        for p in params:
+            p.grad = torch.randn(len(p), generator=torch.Generator().manual_seed(step))
+
+    def fresh() -> tuple[list[nn.Parameter], AdamW]:
+        params = [nn.Parameter(torch.ones(n)) for n in sizes]
+        optimizer = AdamW(params, lr=1e-2, **pages)
+        for step in range(steps):
+            grads(params, step)
+            optimizer.step()
+        grads(params, steps)
+        return params, optimizer
+
+    params, optimizer = fresh()
+    optimizer.step()
+    after = [p.detach().clone() for p in params]
+    grads(params, steps + 1)
+    optimizer.step()
+    last = [p.detach().clone() for p in params]
+
+    def same(expected: list[torch.Tensor]) -> bool:
+        return all(torch.equal(p, e) for p, e in zip(params, expected, strict=True))
+
+    refused, line, lines = 0, 0, 1
+    while line < lines:
+        params, optimizer = fresh()
+        lines = interrupted(optimizer.step, line)
+        try:
+            if not same(after):
+                optimizer.step()
+                assert same(after), line
+            grads(params, steps + 1)
+            optimizer.step()
+            assert same(last), line
+        except PagingError as error:
+            assert "a step was cut short" in str(error)  # noqa: PT017
+            refused += 1
+        optimizer.close()
+        line += 1
+    assert 0 < refused < lines
+
+
+def interrupted(work: Callable[[], object], at: int) -> int:
+    """Do some work and raise KeyboardInterrupt at a line of adamw.py, counted as they are run; how many came so far."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith("optim/adamw.py"):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at + 1:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        lines += 1  # there may be one more
+    finally:
+        sys.settrace(None)
+    return lines
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
@@ -327,6 +444,50 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
     assert seen == [f"{tmp_path}/x.partial", "rename", str(tmp_path)]
 
 
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(PagingError, match="cannot read the checkpoint: Is a directory"):
+        AdamW([nn.Parameter(torch.ones(3))]).load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("pages", [{}, {"page_budget": "1MiB"}], ids=["no pages", "pages"])
+def test_a_closed_optimizer_loads_nothing(pages: dict[str, Any], tmp_path: Path) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = AdamW([p], **pages)
+    optimizer.step()
+    state = optimizer.state_dict()
+    optimizer.save_checkpoint(tmp_path / "x")
+    optimizer.close()
+    for load in (lambda: optimizer.load_state_dict(state), lambda: optimizer.load_checkpoint(tmp_path / "x")):
+        with pytest.raises(PagingError, match="the optimizer was closed"):
+            load()
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_a_step_inside_a_step_is_seen_ever_after(laid_out: bool, tmp_path: Path) -> None:
+    """As another thread makes it: the outer one ends, and does not hide that the other did not."""
+    p, optimizer = paged(tmp_path)
+    for _ in range(3 if laid_out else 0):
+        step(p, optimizer)
+    store = optimizer._store
+    assert isinstance(store, PagedStates)
+    name = "stream" if laid_out else "sweep"
+    plain = getattr(store.pager, name)
+
+    def nested(*args: Any, **kwargs: Any) -> Any:
+        setattr(store.pager, name, plain)
+        store.pager._sweeping = True
+        with pytest.raises(PagingError, match="a pass over the extents is already under way"):
+            optimizer.step()
+        store.pager._sweeping = False
+        return plain(*args, **kwargs)
+
+    setattr(store.pager, name, nested)
+    step(p, optimizer)
+    with pytest.raises(PagingError, match="already under way"):
+        step(p, optimizer)
+
+
 def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Callable) -> None:
     a, b = nn.Parameter(torch.randn(5000)), nn.Parameter(torch.randn(6000))
     for p in (a, b):
@@ -335,12 +496,16 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path: Path, adamw: Call
     one.step()
     other.step()
     one.save_checkpoint(tmp_path / "x")
-    with pytest.raises(ValueError, match=r"state\.0\.exp_avg: expected 6000 elements, got 5000"):
+    with pytest.raises(ValueError, match=r"state\.0\.exp_avg: expected shape \(6000,\), got \(5000,\)"):
         other.load_checkpoint(tmp_path / "x")
     assert other.state[b]["step"] == 1
     AdamW([a]).save_checkpoint(tmp_path / "x", params=True)  # before any step: there are no states
-    with pytest.raises(ValueError, match=r"param\.0: expected 6000 elements, got 5000"):
+    with pytest.raises(ValueError, match=r"param\.0: expected shape \(6000,\), got \(5000,\)"):
         other.load_checkpoint(tmp_path / "x")
+    turned = AdamW([nn.Parameter(torch.zeros(2, 2500))])
+    AdamW([nn.Parameter(torch.zeros(2500, 2))]).save_checkpoint(tmp_path / "y", params=True)
+    with pytest.raises(ValueError, match=r"param\.0: expected shape \(2, 2500\), got \(2500, 2\)"):
+        turned.load_checkpoint(tmp_path / "y")
     assert other.state[b]["step"] == 1
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,3 +252,21 @@ def test_resident_memory_keeps_the_budget(bits: int, states: int, tmp_path: Path
     assert grew(8 << 20) < (8 << 20) + (6 << 20)
     if bits == 32:  # what the measurement sees without pages
         assert grew(0) > 0.9 * states
+
+
+@pytest.mark.parametrize(
+    ("params", "kwargs", "message"),
+    [
+        ([5000], {"state_bits": 16}, "state_bits: expected 32 or 8, got 16"),
+        ([5000], {"device": "mps"}, "device: expected one of cpu, cuda, got 'mps'"),
+        ([-1], {}, "params: expected tensors or numbers of elements, got -1"),
+        (["x"], {}, "params: expected tensors or numbers of elements, got 'x'"),
+        (torch.ones(3), {}, "params: expected several tensors or numbers of elements, got one tensor"),
+    ],
+)
+def test_errors_of_the_planner(params: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer_memory(params, **kwargs)
+    assert optimizer_memory([5000], device="cuda:0") == optimizer_memory(
+        [torch.empty(5000)], device=torch.device("cuda")
+    )

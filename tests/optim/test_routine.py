@@ -144,6 +144,16 @@ def test_what_ends_a_routine(pages: dict[str, int] | None) -> None:
         params[0].data = params[0].data.clone()
     assert not twins.step()
     settle()
+    for params in twins.params:
+        params[4].data = params[4].data.t()  # at the same address
+    assert not twins.step()
+    twins = Twins(pages)
+    settle()
+    for params, optimizer in zip(twins.params, (twins.fast, twins.slow), strict=True):
+        del optimizer.state[params[1]]
+    assert not twins.step()
+    twins = Twins(pages)
+    settle()
     for optimizer in (twins.fast, twins.slow):
         optimizer.load_state_dict(optimizer.state_dict())
     assert not twins.step()

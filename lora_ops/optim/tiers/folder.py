@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lora_ops.optim.errors import PagingError
@@ -23,9 +24,12 @@ class PageFolder:
 
     def __init__(self, page_dir: str | os.PathLike[str]) -> None:
         try:
-            self.path = Path(page_dir)
+            self.path = Path(os.fsdecode(page_dir)).absolute()  # the process may change its folder
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW  # what a link points to is not ours to write
+            self._lock = os.open(self.path / LOCK_NAME, flags, 0o600)
+        except (TypeError, ValueError):
+            raise ValueError(f"page_dir: expected the path of a folder, got {page_dir!r}") from None
         except OSError as error:
             raise PagingError(f"page_dir: cannot write in {page_dir}: {error.strerror} ({error.filename})") from error
         try:
@@ -43,8 +47,9 @@ class PageFolder:
             os.pwrite(self._lock, f"{self.owner}\n".encode(), 0)
             self.pages.unlink(missing_ok=True)  # left by a process that was killed
         except OSError as error:
-            self.close()
-            raise PagingError(f"page_dir: cannot write in {self.path}: {error.strerror}") from error
+            with suppress(OSError):  # whose reason is that of the first error
+                self.close()
+            raise PagingError(f"page_dir: cannot write in {self.path}: {error.strerror} ({error.filename})") from error
 
     @property
     def pages(self) -> Path:
@@ -55,8 +60,10 @@ class PageFolder:
         """Delete the page file and let go of the folder."""
         if self._lock < 0 or os.getpid() != self.owner:  # a forked child does not own it
             return
-        self.pages.unlink(missing_ok=True)
-        (self.path / LOCK_NAME).unlink(missing_ok=True)
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: a forked child may hold the descriptor
-        os.close(self._lock)
-        self._lock = -1
+        try:
+            self.pages.unlink(missing_ok=True)
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # explicitly: a forked child may hold the descriptor
+            os.close(self._lock)
+            self._lock = -1
