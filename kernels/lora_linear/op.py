@@ -176,7 +176,8 @@ def lora_linear(
             of that device (so that activation checkpointing draws the same mask again).
 
     Returns:
-        [..., N] in the dtype of x, or in that of autocast.
+        [..., N] in the dtype of x, or in that of autocast. Repeated calls give the same bits; on the CPU so does any
+        number of threads, except over dense weights that torch's own GEMM multiplies (all but bfloat16).
 
     Raises:
         TypeError, ValueError: if a dtype, shape or device does not fit, or if weight, scale or seed wants a gradient.

@@ -130,9 +130,8 @@ class PagedStates:
         self.segments: dict[int, list[Segment]] = {}
         self._packer = Packer(extent_bytes)
         self._views: dict[tuple[int, int], tuple[Tensor, States]] = {}
-        self._spare: dict[tuple[int, int], list[list[Segment]]] = defaultdict(
-            list
-        )  # of forgotten ones, by size and bits
+        # Room of forgotten parameters, by size and bits.
+        self._spare: dict[tuple[int, int], list[list[Segment]]] = defaultdict(list)
 
     def add(self, specs: Sequence[Spec]) -> None:
         """Place new parameters in extents, which begin as zeros.
