@@ -40,6 +40,7 @@ class AdamW(torch.optim.Optimizer):
     p ← p (1 − lr · λ) − lr · m̂ / (√v̂ + ε),  m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 
     Results do not depend on the budget: the same kernel runs on the same elements, paged or not, bit for bit.
+    `state[p]` holds the step alone; `state_dict()` has exp_avg and exp_avg_sq, in torch's layout.
 
     Args:
         params: parameters or groups, as torch takes them; a group may have its own lr, betas, eps, weight_decay,
