@@ -109,6 +109,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_force_isa": (c_int,),
     "lora_ops_nf4_quantize": (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
+    "lora_ops_nf4_dequantize_transposed": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
     "lora_ops_nf4_linear": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_void_p, c_int64, c_int, c_int),
     "lora_ops_nf4_linear_dx": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_int64, c_int, c_int),
     "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
@@ -272,6 +273,15 @@ def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None
         byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
     )
     _check(status, "nf4_dequantize", "q")
+
+
+def nf4_dequantize_transposed(weight: NF4Weight, out: Tensor) -> None:
+    """Decode a weight [N, K] into its transpose out [K, N]."""
+    k, n = out.shape
+    status = library().lora_ops_nf4_dequantize_transposed(
+        byref(weight), n, k, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
+    )
+    _check(status, "nf4_dequantize_transposed", "q")
 
 
 def nf4_linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:

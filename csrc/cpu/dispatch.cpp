@@ -362,6 +362,22 @@ int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t
     return LORA_OPS_OK;
 }
 
+int lora_ops_nf4_dequantize_transposed(const lora_ops_nf4_weight* w, int64_t n, int64_t k, void* out, int dtype,
+                                       int n_threads) {
+    if (!w || n < 0 || k < 0 || n_threads < 1 || !is_dtype(dtype)) return LORA_OPS_BAD_ARGUMENT;
+    if (w->block_size <= 0 || w->block_size % 32) return LORA_OPS_BAD_ARGUMENT;
+    if (n == 0 || k == 0) return LORA_OPS_OK;
+    if (!out || !is_valid(w)) return LORA_OPS_BAD_ARGUMENT;
+    const Kernels& isa = kernels();
+    const int64_t rows = kNF4TileBytes / size_of(dtype), elements = rows * kNF4TileColumns;
+    const int64_t tiles = (n + rows - 1) / rows * ((k + kNF4TileColumns - 1) / kNF4TileColumns);
+    parallel(0, tiles * elements, elements, n_threads, [&](int64_t from, int64_t to) {
+        const auto type = static_cast<lora_ops_dtype>(dtype);
+        isa.nf4_dequantize_transposed(*w, n, k, from / elements, to / elements, out, type);
+    });
+    return LORA_OPS_OK;
+}
+
 int lora_ops_nf4_linear(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* x, int64_t m, int64_t stride_x,
                         const void* bias, void* y, int64_t stride_y, int dtype, int n_threads) {
     if (!w) return LORA_OPS_BAD_ARGUMENT;

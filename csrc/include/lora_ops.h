@@ -145,6 +145,10 @@ LORA_OPS_API int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int6
 LORA_OPS_API int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t end, void* out,
                                          int dtype, int n_threads);
 
+/* W [n, k] -> out [k, n]: the same values, transposed. */
+LORA_OPS_API int lora_ops_nf4_dequantize_transposed(const lora_ops_nf4_weight* w, int64_t n, int64_t k, void* out,
+                                                    int dtype, int n_threads);
+
 /* y [m, n] = x [m, k] Wᵀ + bias, with W [n, k] rounded to dtype, sums in fp32 and one rounding at the end. x, y and
  * bias [n] (or NULL) are of dtype; rows of x are stride_x elements apart, rows of y stride_y. Scratch: less than 2 MiB
  * a thread, kept until the thread ends. */
