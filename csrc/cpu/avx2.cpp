@@ -282,7 +282,8 @@ struct Avx2Parts {
 const GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
 
 const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>,
-                                   nf4_dequantize_transposed_any<Avx2, Avx2Parts>, checksum_rows};
+                                   nf4_dequantize_transposed_any<Avx2, Avx2Parts>,
+                                   nf4_quantize_transposed_any<Avx2, Avx2Parts>, checksum_rows};
 
 const Blockwise8Kernels kAvx2Blockwise8 = {blockwise8_quantize<Avx2>, blockwise8_dequantize<Avx2>, adamw<Avx2>};
 

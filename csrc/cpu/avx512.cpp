@@ -302,7 +302,8 @@ struct Avx512LookUp {
 const GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>,
-                                     nf4_dequantize_transposed_any<Avx512, Avx512Parts>, checksum_rows};
+                                     nf4_dequantize_transposed_any<Avx512, Avx512Parts>,
+                                     nf4_quantize_transposed_any<Avx512, Avx512Parts>, checksum_rows};
 
 const Blockwise8Kernels kAvx512Blockwise8 = blockwise8_kernels<Avx512LookUp>();
 

@@ -46,6 +46,9 @@ struct Kernels {
     // Tiles [begin, end) of W [n, k] -> out [k, n].
     void (*nf4_dequantize_transposed)(const lora_ops_nf4_weight& w, int64_t n, int64_t k, int64_t begin, int64_t end,
                                       void* out, lora_ops_dtype dtype);
+    // Elements [begin, end) of W [n, k] from w [k, n]; rows has room for a band of them.
+    bool (*nf4_quantize_transposed)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                    int64_t block_size, uint8_t* packed, float* absmax, void* rows);
     void (*checksum_rows)(uint64_t* lanes, const char* data, int64_t rows);
 };
 

@@ -1,4 +1,5 @@
-// NF4 dequantize into a transposed matrix, tile by tile in the L1 cache; written once for every instruction set.
+// NF4 quantize of a transposed matrix, band by band, and dequantize into one, tile by tile in the L1 cache; written once
+// for every instruction set. Blocks are those of W [n, k] in row-major order; the transpose [k, n] is what lies in memory.
 //
 // Parts supplies a vector V of kParts parts of 16 bytes:
 //   V load(const char* p, int64_t stride)     its parts, stride bytes apart
@@ -151,6 +152,43 @@ void nf4_dequantize_transposed_any(const lora_ops_nf4_weight& w, int64_t n, int6
         case LORA_OPS_F16: return nf4_dequantize_transposed<Vec, Parts>(w, n, k, begin, end, static_cast<F16*>(out));
         case LORA_OPS_BF16: return nf4_dequantize_transposed<Vec, Parts>(w, n, k, begin, end, static_cast<BF16*>(out));
     }
+}
+
+// Blocks [begin, end) of W, flat; n * k is the end of the last one. They are quantized a band of rows at a time, which is
+// put in order in `rows`: at least a block, and on to where a line of w ends.
+template <class Vec, class Parts, class T>
+bool nf4_quantize_transposed(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, int64_t block_size,
+                             uint8_t* packed, float* absmax, T* rows) {
+    constexpr int64_t kLine = 64 / sizeof(T), kStrip = 128;
+    bool finite = true;
+    while (begin < end) {
+        const int64_t row = begin / k, line = ceil_div(ceil_div(begin + block_size, k), kLine) * kLine;
+        const int64_t end_row = lesser(line, n), up_to = end_row < n ? end_row * k / block_size * block_size : n * k;
+        const int64_t stop = lesser(up_to, end);
+        for (int64_t column = 0; column < k; column += kStrip) {
+            transpose<Parts, false>(w + column * n + row, n, lesser(kStrip, k - column), end_row - row, rows + column, k);
+        }
+        finite &= nf4_quantize<Vec>(rows + (begin - row * k), stop - begin, block_size, packed + begin / 2,
+                                    absmax + begin / block_size);
+        begin = stop;
+    }
+    return finite;
+}
+
+template <class Vec, class Parts>
+bool nf4_quantize_transposed_any(const void* w, lora_ops_dtype dtype, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                 int64_t block_size, uint8_t* packed, float* absmax, void* rows) {
+    const auto run = [&](auto type) {
+        using T = decltype(type);
+        return nf4_quantize_transposed<Vec, Parts>(static_cast<const T*>(w), n, k, begin, end, block_size, packed, absmax,
+                                                   static_cast<T*>(rows));
+    };
+    switch (dtype) {
+        case LORA_OPS_F32: return run(float{});
+        case LORA_OPS_F16: return run(F16{});
+        case LORA_OPS_BF16: return run(BF16{});
+    }
+    return false;
 }
 
 }  // namespace

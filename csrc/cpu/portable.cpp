@@ -124,7 +124,8 @@ struct PortableParts {
 const GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
 const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
-                                       nf4_dequantize_transposed_any<Portable, PortableParts>, checksum_rows};
+                                       nf4_dequantize_transposed_any<Portable, PortableParts>,
+                                       nf4_quantize_transposed_any<Portable, PortableParts>, checksum_rows};
 
 const Blockwise8Kernels kPortableBlockwise8 = {blockwise8_quantize<Portable>, blockwise8_dequantize<Portable>, adamw<Portable>};
 

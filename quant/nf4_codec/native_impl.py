@@ -26,11 +26,13 @@ def weight_of(q: NF4Tensor) -> _native.NF4Weight:
 
 def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantize w to packed uint8 [(n + 1) // 2, 1] and absmax fp32 [ceil(n / block_size)]."""
-    w = w.contiguous()
     n = w.numel()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
-    _native.nf4_quantize(w, block_size, packed, absmax)
+    if w.dim() == 2 and not w.is_contiguous() and w.t().is_contiguous():
+        _native.nf4_quantize_transposed(w.t(), block_size, packed, absmax)
+    else:
+        _native.nf4_quantize(w.contiguous(), block_size, packed, absmax)
     return packed, absmax
 
 

@@ -303,6 +303,44 @@ def matrices(draw: st.DrawFn) -> tuple[int, int, torch.dtype, int, bool, int, in
     return n, k, dtype, block_size, draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(0, 2**31))
 
 
+@given(matrices(), st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=150)
+def test_quantize_transposed(isa: str, case: tuple, kind: str) -> None:
+    n, k, dtype, block_size, _, threads, seed = case
+    w = draw(kind, n * k, dtype, seed).view(n, k)
+    n_bytes, n_blocks = (n * k + 1) // 2, -(-n * k // block_size)
+    packed = torch.full((n_bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)
+    absmax = torch.full((n_blocks + 2 * GUARD,), torch.nan)
+    torch.set_num_threads(threads)
+    _native.nf4_quantize_transposed(w.t().contiguous(), block_size, packed[GUARD:], absmax[GUARD:])
+    torch.set_num_threads(1)
+    expected_packed, expected_absmax = quantize(w.contiguous(), block_size)
+    assert_same_bytes(packed[GUARD : GUARD + n_bytes].view(-1, 1), expected_packed)
+    assert_same_bytes(absmax[GUARD : GUARD + n_blocks], expected_absmax)
+    assert (packed[:GUARD] == 0xA5).all()
+    assert (packed[GUARD + n_bytes :] == 0xA5).all()
+    assert absmax[:GUARD].isnan().all()
+    assert absmax[GUARD + n_blocks :].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [(0, 0), (150, 77), (299, 400)])
+def test_quantize_transposed_refuses_nonfinite(isa: str, two_threads: None, bad: float, place: tuple[int, int]) -> None:
+    w = torch.randn(401, 300)
+    w.t()[place] = bad
+    with pytest.raises(ValueError, match="w: expected finite values, got inf or NaN"):
+        native_impl.quantize_nf4(w.t(), 64)
+
+
+def test_quantize_makes_no_copy_of_a_transpose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(80, 96)
+    expected = native_impl.quantize_nf4(w.t().contiguous(), 64)
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("a dense copy was made"))
+    monkeypatch.setattr(_native, "nf4_quantize", None)
+    for a, b in zip(native_impl.quantize_nf4(w.t(), 64), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def random_weight(n: int, k: int, block_size: int, nested: bool, g: torch.Generator) -> NF4Tensor:
     """Codes and scales with nothing behind them."""
     packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, generator=g)
@@ -363,5 +401,7 @@ def test_bad_arguments_are_refused() -> None:
     assert lib.lora_ops_nf4_quantize(None, 0, 64, 64, *pointers, 1) == bad
     with pytest.raises(_native.NativeError, match="nf4_dequantize"):
         _native.nf4_dequantize(_native.nf4_weight(packed, absmax, 64), 5, 4, w)
+    with pytest.raises(_native.NativeError, match="nf4_quantize_transposed"):
+        _native.nf4_quantize_transposed(w.view(8, 8), 48, packed, absmax)
     with pytest.raises(_native.NativeError, match="nf4_dequantize_transposed"):
         _native.nf4_dequantize_transposed(_native.nf4_weight(packed, absmax, 48), w.view(8, 8))
