@@ -141,8 +141,8 @@ LORA_OPS_API const float* lora_ops_nf4_code(void);
 LORA_OPS_API int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int64_t block_size, uint8_t* packed,
                                        float* absmax, int n_threads);
 
-/* The same of W [n, k] that lies transposed in memory: w [k, n]. Scratch: 64 k + block_size elements of fp32 at most a
- * thread, kept until the thread ends. */
+/* The same of W [n, k] that lies transposed in memory: w [k, n]. Scratch: at most 72 k + 4 block_size bytes a thread,
+ * kept until the thread ends. */
 LORA_OPS_API int lora_ops_nf4_quantize_transposed(const void* w, int dtype, int64_t n, int64_t k, int64_t block_size,
                                                   uint8_t* packed, float* absmax, int n_threads);
 

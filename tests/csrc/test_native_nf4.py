@@ -229,7 +229,9 @@ def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype) -> None:
     random_bits = torch.randint(-(2**31), 2**31, (20_000,), generator=g).to(torch.int32).view(torch.float32)
     near_limits = torch.randn(5_000, generator=g) * torch.tensor([65_504.0, 6e-8, 6e-5, 3.4e38, 1e-38]).repeat(1_000)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.4028235e38])
-    absmax = torch.cat([random_bits, near_limits, special])
+    # NaNs that rounding, if it took them for numbers, would carry over into -0 and 0.
+    full_nans = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
+    absmax = torch.cat([random_bits, near_limits, special, full_nans])
     n = absmax.numel() * 32
     packed = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=g)
     out = torch.empty(n, dtype=dtype)
