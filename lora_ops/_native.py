@@ -108,7 +108,9 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_supports_isa": (c_int,),
     "lora_ops_force_isa": (c_int,),
     "lora_ops_nf4_quantize": (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "lora_ops_nf4_quantize_transposed": (c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
+    "lora_ops_nf4_dequantize_transposed": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
     "lora_ops_nf4_linear": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_void_p, c_int64, c_int, c_int),
     "lora_ops_nf4_linear_dx": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_int64, c_int, c_int),
     "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
@@ -271,12 +273,30 @@ def nf4_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> 
     _check(status, "nf4_quantize", "w")
 
 
+def nf4_quantize_transposed(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
+    """Quantize a weight [N, K] that lies transposed in memory, w [K, N]."""
+    k, n = w.shape
+    status = library().lora_ops_nf4_quantize_transposed(
+        w.data_ptr(), _DTYPES[w.dtype], n, k, block_size, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+    )
+    _check(status, "nf4_quantize_transposed", "w")
+
+
 def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None:
     """Decode elements [begin, end) of the flat weight into out [end - begin]."""
     status = library().lora_ops_nf4_dequantize(
         byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
     )
     _check(status, "nf4_dequantize", "q")
+
+
+def nf4_dequantize_transposed(weight: NF4Weight, out: Tensor) -> None:
+    """Decode a weight [N, K] into its transpose out [K, N]."""
+    k, n = out.shape
+    status = library().lora_ops_nf4_dequantize_transposed(
+        byref(weight), n, k, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
+    )
+    _check(status, "nf4_dequantize_transposed", "q")
 
 
 def nf4_linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:

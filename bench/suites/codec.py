@@ -55,16 +55,17 @@ def quantize(plan: Plan) -> Iterator[Comparison]:
 
 
 def dequantize(plan: Plan) -> Iterator[Comparison]:
-    """Dequantize into a fresh tensor and into a given one."""
+    """Dequantize into a fresh tensor, into a given one, and into one that then holds the transpose."""
     for n, k in plan.shapes:
         for double_quant in (False, True):
             w = codec_weight(n, k, dtype=plan.dtype, device=plan.device)
             q = quantize_nf4(w, double_quant=double_quant)
-            for fresh in (True, False):
-                yield _dequantize(plan, q, fresh)
+            for into in ("fresh", "out=", "out=buffer.t()"):
+                yield _dequantize(plan, q, into)
 
 
-def _dequantize(plan: Plan, q: NF4Tensor, fresh: bool) -> Comparison:
+def _dequantize(plan: Plan, q: NF4Tensor, into: str) -> Comparison:
+    fresh, transposed = into == "fresh", into == "out=buffer.t()"
     expected = rounded_weight(q, plan.dtype)
     n, k = q.shape
 
@@ -77,7 +78,8 @@ def _dequantize(plan: Plan, q: NF4Tensor, fresh: bool) -> Comparison:
         return Contender(run, check, read + expected.nbytes)
 
     def out() -> Tensor:
-        return torch.full_like(expected, float("nan"))
+        buffer = torch.full((k, n) if transposed else (n, k), float("nan"), dtype=plan.dtype, device=plan.device)
+        return buffer.t() if transposed else buffer
 
     def lora_ops() -> Contender:
         if fresh:
@@ -87,6 +89,9 @@ def _dequantize(plan: Plan, q: NF4Tensor, fresh: bool) -> Comparison:
 
     def bitsandbytes() -> Contender:
         functional, state = load("bitsandbytes").functional, bnb_state(q)
+        if transposed:
+            target = out()
+            return contender(lambda: target.copy_(functional.dequantize_4bit(q.packed, state)), q.nbytes)
         if fresh:
             return contender(lambda: functional.dequantize_4bit(q.packed, state), q.nbytes)
         target = out()
@@ -102,6 +107,6 @@ def _dequantize(plan: Plan, q: NF4Tensor, fresh: bool) -> Comparison:
         target = out()
         return contender(lambda: target.copy_(expected), expected.nbytes)
 
-    variant = ("fresh" if fresh else "out=") + (", double" if q.nested else "")
+    variant = into + (", double" if q.nested else "")
     makers = {**ours(plan, lora_ops), "copy of the dense weight": copy, "bitsandbytes": bitsandbytes}
     return Comparison("dequantize", variant, 0, n, k, 0.0, "copy of the dense weight", makers)

@@ -11,6 +11,7 @@
 #include "blockwise8.inl"
 #include "gemm.inl"
 #include "gemm_f32.inl"
+#include "nf4_transposed.inl"
 #include "adamw.inl"
 #include "checksum.inl"
 
@@ -259,11 +260,30 @@ struct Avx2Floats {
     }
 };
 
+struct Avx2Parts {
+    using V = __m256i;
+    static constexpr int kParts = 2;
+    static constexpr bool kStreams = true;
+    static V load(const char* p, int64_t stride) {
+        const auto part = [](const char* q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)); };
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(part(p)), part(p + stride), 1);
+    }
+    static void store(char* p, V v) { _mm256_storeu_si256(reinterpret_cast<V*>(p), v); }
+    static void stream(char* p, V v) { _mm256_stream_si256(reinterpret_cast<V*>(p), v); }
+    static void finish() { _mm_sfence(); }
+    template <class T>
+    static V low(V a, V b) { return sizeof(T) == 2 ? _mm256_unpacklo_epi16(a, b) : _mm256_unpacklo_epi32(a, b); }
+    template <class T>
+    static V high(V a, V b) { return sizeof(T) == 2 ? _mm256_unpackhi_epi16(a, b) : _mm256_unpackhi_epi32(a, b); }
+};
+
 }  // namespace
 
 const GemmKernels kAvx2Gemm = {f32_plan<Avx2Floats>, nullptr, f32_task<Avx2Floats>};
 
-const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>, checksum_rows};
+const Kernels kAvx2Kernels = {nf4_quantize_any<Avx2>, nf4_dequantize_any<Avx2>,
+                                   nf4_dequantize_transposed_any<Avx2, Avx2Parts>,
+                                   nf4_quantize_transposed_any<Avx2, Avx2Parts>, checksum_rows};
 
 const Blockwise8Kernels kAvx2Blockwise8 = {blockwise8_quantize<Avx2>, blockwise8_dequantize<Avx2>, adamw<Avx2>};
 

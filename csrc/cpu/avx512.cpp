@@ -10,6 +10,7 @@
 #include "nf4.inl"
 #include "gemm.inl"
 #include "gemm_f32.inl"
+#include "nf4_transposed.inl"
 #include "blockwise8_avx512.inl"
 #include "checksum.inl"
 
@@ -101,6 +102,24 @@ inline __m256i to_16_bits(__m512 x, F16) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// Lane l of the 32 lanes takes element from(l).
+template <class Function>
+inline __m512i permutation(Function from) {
+    alignas(64) uint16_t lanes[32];
+    for (int l = 0; l < 32; ++l) lanes[l] = static_cast<uint16_t>(from(l));
+    return _mm512_load_si512(lanes);
+}
+
+// 16 values rounded, twice. For bfloat16, the upper halves; what is not finite takes the longer way.
+inline __m512i rounded_twice(__m512 x, bool, F16) { return _mm512_broadcast_i64x4(to_16_bits(x, F16{})); }
+inline __m512i rounded_twice(__m512 x, bool finite, BF16) {
+    if (!finite) return _mm512_broadcast_i64x4(to_bf16(x));
+    const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_slli_epi32(one, 16));
+    const __m512i half = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fff), is_odd, _mm512_set1_epi32(0x7fff), one);
+    return _mm512_permutexvar_epi16(permutation([](int l) { return 2 * (l % 16) + 1; }), _mm512_add_epi32(bits, half));
+}
+
 inline uint32_t max_u16(__m512i x) {
     const __m256i y = _mm256_max_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
     const __m128i z = _mm_max_epu16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -134,14 +153,16 @@ struct Avx512 {
         __m512i value;  // the 16 values twice, so that the fifth bit of an index does not matter
         explicit Table(float absmax) {
             const __m512 exact = _mm512_mul_ps(_mm512_loadu_ps(kNF4Code), _mm512_set1_ps(absmax));
-            value = _mm512_broadcast_i64x4(to_16_bits(exact, T{}));
+            value = rounded_twice(exact, abs_bits(absmax) < kInfBits<float>, T{});
         }
     };
 
     template <class T>
     static void decode32(const Table<T>& table, const uint8_t* packed, T* out) {
-        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-        const __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+        // Each 16 bits with 4 codes go to 4 lanes, each of which shifts its own down; a permute ignores all but 5 bits.
+        const __m512i codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const __m512i four = _mm512_permutexvar_epi16(permutation([](int l) { return l / 4; }), codes);
+        const __m512i index = _mm512_srlv_epi16(four, _mm512_set1_epi64(0x0008'000c'0000'0004));
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.value));
     }
 };
@@ -221,6 +242,27 @@ struct Avx512Floats {
     }
 };
 
+struct Avx512Parts {
+    using V = __m512i;
+    static constexpr int kParts = 4;
+    static constexpr bool kStreams = true;
+    static __m256i load2(const char* p, int64_t stride) {
+        const auto part = [](const char* q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)); };
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(part(p)), part(p + stride), 1);
+    }
+    // Three broadcasts under masks would need no shuffle, but on Zen 4 they take longer: it loads 512 bits every 2 cycles.
+    static V load(const char* p, int64_t stride) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(load2(p, stride)), load2(p + 2 * stride, stride), 1);
+    }
+    static void store(char* p, V v) { _mm512_storeu_si512(p, v); }
+    static void stream(char* p, V v) { _mm512_stream_si512(reinterpret_cast<V*>(p), v); }
+    static void finish() { _mm_sfence(); }
+    template <class T>
+    static V low(V a, V b) { return sizeof(T) == 2 ? _mm512_unpacklo_epi16(a, b) : _mm512_unpacklo_epi32(a, b); }
+    template <class T>
+    static V high(V a, V b) { return sizeof(T) == 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpackhi_epi32(a, b); }
+};
+
 // 8 two-register permutes by the low 5 bits of an index, and a tree of blends by the rest.
 struct Avx512LookUp {
     static __m512i upper_bytes(__m512i a, __m512i b) {
@@ -259,7 +301,9 @@ struct Avx512LookUp {
 
 const GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
 
-const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>, checksum_rows};
+const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>,
+                                     nf4_dequantize_transposed_any<Avx512, Avx512Parts>,
+                                     nf4_quantize_transposed_any<Avx512, Avx512Parts>, checksum_rows};
 
 const Blockwise8Kernels kAvx512Blockwise8 = blockwise8_kernels<Avx512LookUp>();
 

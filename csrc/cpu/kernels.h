@@ -35,11 +35,20 @@ struct Blockwise8Code {
     uint8_t padding[3];        // a vector gather reads 4 bytes at each start
 };
 
+// A tile of a transposed W: a cache line of codes wide, and as high as a line of the transpose is long.
+constexpr int64_t kNF4TileColumns = 128, kNF4TileBytes = 64;
+
 struct Kernels {
     // Quantizers return false when the input holds inf or NaN. Pointers are at the start of a block.
     bool (*nf4_quantize)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t block_size, uint8_t* packed,
                          float* absmax);
     void (*nf4_dequantize)(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, void* out, lora_ops_dtype dtype);
+    // Tiles [begin, end) of W [n, k] -> out [k, n].
+    void (*nf4_dequantize_transposed)(const lora_ops_nf4_weight& w, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                      void* out, lora_ops_dtype dtype);
+    // Elements [begin, end) of W [n, k] from w [k, n]; rows has room for a band of them.
+    bool (*nf4_quantize_transposed)(const void* w, lora_ops_dtype dtype, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                    int64_t block_size, uint8_t* packed, float* absmax, void* rows);
     void (*checksum_rows)(uint64_t* lanes, const char* data, int64_t rows);
 };
 

@@ -60,11 +60,11 @@ T nf4_decode_one(const uint8_t* packed, int64_t i, float absmax) {
     return round_to<T>(kNF4Code[packed[i / 2] >> (i % 2 ? 0 : 4) & 15] * absmax);
 }
 
+// Elements [begin, end), the first of them in `block`. Blocks are counted: to divide for each takes as long as to decode 64
+// elements.
 template <class Vec, class T>
-void nf4_dequantize(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, T* out) {
+void nf4_dequantize(const lora_ops_nf4_weight& w, int64_t block, int64_t begin, int64_t end, T* out) {
     out -= begin;  // out[i] is element i from here on
-    // Blocks are counted: to divide for each takes as long as to decode 64 elements.
-    int64_t block = begin / w.block_size;
     for (int64_t i = begin; i < end; ++block) {
         const int64_t block_end = (block + 1) * w.block_size < end ? (block + 1) * w.block_size : end;
         const float absmax = nf4_absmax(w, block);
@@ -94,9 +94,9 @@ bool nf4_quantize_any(const void* w, lora_ops_dtype dtype, int64_t n, int64_t bl
 template <class Vec>
 void nf4_dequantize_any(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, void* out, lora_ops_dtype dtype) {
     switch (dtype) {
-        case LORA_OPS_F32: return nf4_dequantize<Vec>(w, begin, end, static_cast<float*>(out));
-        case LORA_OPS_F16: return nf4_dequantize<Vec>(w, begin, end, static_cast<F16*>(out));
-        case LORA_OPS_BF16: return nf4_dequantize<Vec>(w, begin, end, static_cast<BF16*>(out));
+        case LORA_OPS_F32: return nf4_dequantize<Vec>(w, begin / w.block_size, begin, end, static_cast<float*>(out));
+        case LORA_OPS_F16: return nf4_dequantize<Vec>(w, begin / w.block_size, begin, end, static_cast<F16*>(out));
+        case LORA_OPS_BF16: return nf4_dequantize<Vec>(w, begin / w.block_size, begin, end, static_cast<BF16*>(out));
     }
 }
 

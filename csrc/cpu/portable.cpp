@@ -10,6 +10,7 @@
 #include "blockwise8.inl"
 #include "gemm.inl"
 #include "gemm_f32.inl"
+#include "nf4_transposed.inl"
 #include "adamw.inl"
 #include "checksum.inl"
 
@@ -92,11 +93,39 @@ struct PortableFloats {
     }
 };
 
+struct PortableParts {
+    typedef uint16_t V __attribute__((vector_size(16)));
+    typedef uint32_t Wide __attribute__((vector_size(16)));
+    static constexpr int kParts = 1;
+    static constexpr bool kStreams = false;
+    static V load(const char* p, int64_t) {
+        V v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(char* p, V v) { memcpy(p, &v, sizeof v); }
+    // Compilers see one instruction in each of these.
+    template <class T>
+    static V low(V a, V b) {
+        if constexpr (sizeof(T) == 2) return V{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+        const Wide c = (Wide)a, d = (Wide)b;
+        return (V)Wide{c[0], d[0], c[1], d[1]};
+    }
+    template <class T>
+    static V high(V a, V b) {
+        if constexpr (sizeof(T) == 2) return V{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+        const Wide c = (Wide)a, d = (Wide)b;
+        return (V)Wide{c[2], d[2], c[3], d[3]};
+    }
+};
+
 }  // namespace
 
 const GemmKernels kPortableGemm = {f32_plan<PortableFloats>, nullptr, f32_task<PortableFloats>};
 
-const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>, checksum_rows};
+const Kernels kPortableKernels = {nf4_quantize_any<Portable>, nf4_dequantize_any<Portable>,
+                                       nf4_dequantize_transposed_any<Portable, PortableParts>,
+                                       nf4_quantize_transposed_any<Portable, PortableParts>, checksum_rows};
 
 const Blockwise8Kernels kPortableBlockwise8 = {blockwise8_quantize<Portable>, blockwise8_dequantize<Portable>, adamw<Portable>};
 

@@ -141,9 +141,18 @@ LORA_OPS_API const float* lora_ops_nf4_code(void);
 LORA_OPS_API int lora_ops_nf4_quantize(const void* w, int dtype, int64_t n, int64_t block_size, uint8_t* packed,
                                        float* absmax, int n_threads);
 
+/* The same of W [n, k] that lies transposed in memory: w [k, n]. Scratch: at most 72 k + 4 block_size bytes a thread,
+ * kept until the thread ends. */
+LORA_OPS_API int lora_ops_nf4_quantize_transposed(const void* w, int dtype, int64_t n, int64_t k, int64_t block_size,
+                                                  uint8_t* packed, float* absmax, int n_threads);
+
 /* Elements [begin, end) -> out [end - begin]: code * scale in fp32, rounded to nearest even. begin may be odd. */
 LORA_OPS_API int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t begin, int64_t end, void* out,
                                          int dtype, int n_threads);
+
+/* W [n, k] -> out [k, n]: the same values, transposed. */
+LORA_OPS_API int lora_ops_nf4_dequantize_transposed(const lora_ops_nf4_weight* w, int64_t n, int64_t k, void* out,
+                                                    int dtype, int n_threads);
 
 /* y [m, n] = x [m, k] Wᵀ + bias, with W [n, k] rounded to dtype, sums in fp32 and one rounding at the end. x, y and
  * bias [n] (or NULL) are of dtype; rows of x are stride_x elements apart, rows of y stride_y. Scratch: less than 2 MiB

@@ -26,24 +26,30 @@ def weight_of(q: NF4Tensor) -> _native.NF4Weight:
 
 def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantize w to packed uint8 [(n + 1) // 2, 1] and absmax fp32 [ceil(n / block_size)]."""
-    w = w.contiguous()
     n = w.numel()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
-    _native.nf4_quantize(w, block_size, packed, absmax)
+    if w.dim() == 2 and not w.is_contiguous() and w.t().is_contiguous():
+        _native.nf4_quantize_transposed(w.t(), block_size, packed, absmax)
+    else:
+        _native.nf4_quantize(w.contiguous(), block_size, packed, absmax)
     return packed, absmax
 
 
 def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """NF4_CODE[code] · absmax in float32, rounded to `dtype`, of q.shape; in the contiguous `out` if given."""
+    """NF4_CODE[code] · absmax in float32, rounded to `dtype`, of q.shape; in `out` if given: it or its transpose is
+    contiguous."""
     if out is None:
         out = torch.empty(q.shape, dtype=dtype)
-    _native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
+    if out.is_contiguous():
+        _native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
+    else:
+        _native.nf4_dequantize_transposed(weight_of(q), out.t())
     return out
 
 
 def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
-    """The same, written into the contiguous `out`."""
+    """The same, written into `out`."""
     dequantize_nf4(q, out.dtype, out)
 
 

@@ -110,7 +110,8 @@ def dequantize_nf4(q: NF4Tensor, *, dtype: torch.dtype | None = None, out: Tenso
     Args:
         q: the quantized tensor.
         dtype: of the result: float32, bfloat16, float16 or float64; q.dtype if None, or that of `out`.
-        out: contiguous tensor of q.shape to write into, on q's device.
+        out: tensor of q.shape to write into, on q's device: contiguous, or, of two dimensions, with a contiguous
+            transpose: `out=buffer.t()` leaves Wᵀ in a contiguous buffer [K, N] of a q of shape (N, K).
 
     Returns:
         A tensor of q.shape, `out` if it was given.
@@ -126,10 +127,11 @@ def dequantize_nf4(q: NF4Tensor, *, dtype: torch.dtype | None = None, out: Tenso
     if out is None:
         return torch.ops.lora_ops.dequantize_nf4(*operands(q), dtype)
     check_dtype("out", out, (dtype,))
-    if tuple(out.shape) != tuple(q.shape) or not out.is_contiguous() or out.device != q.device:
+    is_dense = out.is_contiguous() or (out.dim() == 2 and out.t().is_contiguous())
+    if tuple(out.shape) != tuple(q.shape) or not is_dense or out.device != q.device:
         raise ValueError(
-            f"out: expected a contiguous tensor of shape {tuple(q.shape)} on {q.device}, "
-            f"got {tuple(out.shape)} with strides {out.stride()} on {out.device}"
+            f"out: expected a tensor of shape {tuple(q.shape)} on {q.device}, contiguous or the transpose of a "
+            f"contiguous matrix, got {tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
     torch.ops.lora_ops.dequantize_nf4_out(*operands(q), out)
     return out

@@ -50,16 +50,21 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
-    """The same, written into the contiguous `out`."""
-    n = q.numel()
-    flat, packed = out.view(-1), q.packed.view(-1)
+    """The same, written into `out`: it or its transpose is contiguous."""
+    n, in_order = q.numel(), out.is_contiguous()
+    flat, packed = (out if in_order else out.t()).view(-1), q.packed.view(-1)
     code, absmax = nf4_code(q.device), absmax_of(q)
     for begin in range(0, n, CHUNK):
         end = min(begin + CHUNK, n)
         pairs = packed[begin // 2 : (end + 1) // 2]
         nibbles = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[: end - begin]
-        block = torch.arange(begin, end, device=q.device) // q.block_size
-        flat[begin:end] = code[nibbles.int()] * absmax[block]
+        e = torch.arange(begin, end, device=q.device)
+        values = code[nibbles.int()] * absmax[e // q.block_size]
+        if in_order:
+            flat[begin:end] = values
+        else:
+            rows, columns = q.shape
+            flat[e % columns * rows + e // columns] = values.to(out.dtype)
 
 
 IMPLS: dict[str, Callable] = {

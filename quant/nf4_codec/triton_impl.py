@@ -136,7 +136,10 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
-    """The same, written into the contiguous `out`."""
+    """The same, written into `out`. The kernel writes in order: into a transposed `out` it goes by a dense copy."""
+    if not out.is_contiguous():
+        out.copy_(dequantize_nf4(q, out.dtype))
+        return
     row = min(q.block_size, MAX_ROW)
     n = q.numel()
     nested = (q.nested_absmax, q.nested_offset, map_on(q.device, signed=True)) if q.nested else (None, None, None)

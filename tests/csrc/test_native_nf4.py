@@ -11,6 +11,7 @@ from lora_ops import _native
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_codec import native_impl
+from lora_ops.quant.nf4_codec.reference import absmax_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODE = np.array(NF4_CODE, dtype=np.float32)
@@ -228,7 +229,9 @@ def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype) -> None:
     random_bits = torch.randint(-(2**31), 2**31, (20_000,), generator=g).to(torch.int32).view(torch.float32)
     near_limits = torch.randn(5_000, generator=g) * torch.tensor([65_504.0, 6e-8, 6e-5, 3.4e38, 1e-38]).repeat(1_000)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3.4028235e38])
-    absmax = torch.cat([random_bits, near_limits, special])
+    # NaNs that rounding, if it took them for numbers, would carry over into -0 and 0.
+    full_nans = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
+    absmax = torch.cat([random_bits, near_limits, special, full_nans])
     n = absmax.numel() * 32
     packed = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=g)
     out = torch.empty(n, dtype=dtype)
@@ -293,6 +296,92 @@ def test_dequantize_into_out(isa: str) -> None:
     assert_same_bytes(out.view(-1), dequantize_exactly(packed, absmax, 64, w.numel(), torch.float32))
 
 
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[int, int, torch.dtype, int, bool, int, int]:
+    """(N, K, dtype, block size, nested, threads, seed): tiles and blocks cut off, and several of both."""
+    side = st.one_of(st.integers(0, 5), st.integers(1, 300), st.sampled_from([32, 64, 128, 256, 288]))
+    n, k = draw(side), draw(side)
+    dtype, block_size = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(BLOCK_SIZES))
+    return n, k, dtype, block_size, draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(0, 2**31))
+
+
+@given(matrices(), st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=150)
+def test_quantize_transposed(isa: str, case: tuple, kind: str) -> None:
+    n, k, dtype, block_size, _, threads, seed = case
+    w = draw(kind, n * k, dtype, seed).view(n, k)
+    n_bytes, n_blocks = (n * k + 1) // 2, -(-n * k // block_size)
+    packed = torch.full((n_bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)
+    absmax = torch.full((n_blocks + 2 * GUARD,), torch.nan)
+    torch.set_num_threads(threads)
+    _native.nf4_quantize_transposed(w.t().contiguous(), block_size, packed[GUARD:], absmax[GUARD:])
+    torch.set_num_threads(1)
+    expected_packed, expected_absmax = quantize(w.contiguous(), block_size)
+    assert_same_bytes(packed[GUARD : GUARD + n_bytes].view(-1, 1), expected_packed)
+    assert_same_bytes(absmax[GUARD : GUARD + n_blocks], expected_absmax)
+    assert (packed[:GUARD] == 0xA5).all()
+    assert (packed[GUARD + n_bytes :] == 0xA5).all()
+    assert absmax[:GUARD].isnan().all()
+    assert absmax[GUARD + n_blocks :].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [(0, 0), (150, 77), (299, 400)])
+def test_quantize_transposed_refuses_nonfinite(isa: str, two_threads: None, bad: float, place: tuple[int, int]) -> None:
+    w = torch.randn(401, 300)
+    w.t()[place] = bad
+    with pytest.raises(ValueError, match="w: expected finite values, got inf or NaN"):
+        native_impl.quantize_nf4(w.t(), 64)
+
+
+def test_quantize_makes_no_copy_of_a_transpose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(80, 96)
+    expected = native_impl.quantize_nf4(w.t().contiguous(), 64)
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("a dense copy was made"))
+    monkeypatch.setattr(_native, "nf4_quantize", None)
+    for a, b in zip(native_impl.quantize_nf4(w.t(), 64), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def random_weight(n: int, k: int, block_size: int, nested: bool, g: torch.Generator) -> NF4Tensor:
+    """Codes and scales with nothing behind them."""
+    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, generator=g)
+    blocks = -(-n * k // block_size)
+    if not nested:
+        return NF4Tensor(packed, torch.randn(blocks, generator=g), (n, k), torch.float32, block_size)
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=g)
+    groups = torch.rand(-(-blocks // 256), generator=g)
+    return NF4Tensor(packed, codes, (n, k), torch.float32, block_size, groups, torch.tensor(0.123456))
+
+
+@given(matrices())
+@settings(deadline=None, max_examples=150)
+def test_dequantize_transposed(isa: str, case: tuple) -> None:
+    n, k, dtype, block_size, nested, threads, seed = case
+    q = random_weight(n, k, block_size, nested, torch.Generator().manual_seed(seed))
+    buffer = torch.full((n * k + 2 * GUARD,), torch.nan, dtype=dtype)
+    torch.set_num_threads(threads)
+    _native.nf4_dequantize_transposed(native_impl.weight_of(q), buffer[GUARD : GUARD + n * k].view(k, n))
+    torch.set_num_threads(1)
+    expected = dequantize_exactly(q.packed, absmax_of(q), block_size, n * k, dtype).view(n, k)
+    assert_same_bytes(buffer[GUARD : GUARD + n * k].view(k, n), expected.t())
+    assert buffer[:GUARD].isnan().all()
+    assert buffer[GUARD + n * k :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [2048, 2080, 2047])  # lines that are streamed past the caches, and lines that cannot be
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantize_transposed_of_large_weights(
+    isa: str, two_threads: None, dtype: torch.dtype, n: int, nested: bool
+) -> None:
+    k = 1027
+    q = random_weight(n, k, 64, nested, torch.Generator().manual_seed(n))
+    out = torch.full((k, n), torch.nan, dtype=dtype)
+    _native.nf4_dequantize_transposed(native_impl.weight_of(q), out)
+    assert_same_bytes(out, dequantize_exactly(q.packed, absmax_of(q), 64, n * k, dtype).view(n, k).t())
+
+
 def test_native_declines_float64_and_other_devices() -> None:
     q = NF4Tensor(torch.zeros(32, 1, dtype=torch.uint8), torch.ones(1), (64,), torch.float64, 64)
     assert "float64" in (native_impl.declines("dequantize_nf4", q, torch.float64) or "")
@@ -314,3 +403,7 @@ def test_bad_arguments_are_refused() -> None:
     assert lib.lora_ops_nf4_quantize(None, 0, 64, 64, *pointers, 1) == bad
     with pytest.raises(_native.NativeError, match="nf4_dequantize"):
         _native.nf4_dequantize(_native.nf4_weight(packed, absmax, 64), 5, 4, w)
+    with pytest.raises(_native.NativeError, match="nf4_quantize_transposed"):
+        _native.nf4_quantize_transposed(w.view(8, 8), 48, packed, absmax)
+    with pytest.raises(_native.NativeError, match="nf4_dequantize_transposed"):
+        _native.nf4_dequantize_transposed(_native.nf4_weight(packed, absmax, 48), w.view(8, 8))

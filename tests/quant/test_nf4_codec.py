@@ -140,6 +140,25 @@ class TestDequantize:
             assert dequantize_nf4(q, out=out) is out
             assert torch.equal(bits(out), bits(expected))
 
+    @given(
+        n=st.integers(0, 150),
+        k=st.integers(0, 150),
+        dtype=st.sampled_from((*DTYPES, torch.float64)),
+        block_size=st.sampled_from(BLOCK_SIZES),
+        double_quant=st.booleans(),
+    )
+    def test_into_a_transpose(
+        self, backend: str, n: int, k: int, dtype: torch.dtype, block_size: int, double_quant: bool
+    ) -> None:
+        if dtype == torch.float64 and backend == "native":
+            dtype = torch.float32
+        with lora_ops.use_backend(backend):
+            q = quantize_nf4(weights((n, k), torch.float32, n), block_size=block_size, double_quant=double_quant)
+            buffer = torch.full((k, n), torch.nan, dtype=dtype)
+            out = buffer.t()
+            assert dequantize_nf4(q, out=out) is out
+            assert torch.equal(bits(buffer), bits(truth(q).to(dtype).t()))
+
     def test_every_code_and_extreme_scale(self, backend: str) -> None:
         """All 256 bytes at denormal, huge, infinite and NaN scales, rounded to nearest even."""
         packed = torch.arange(256, dtype=torch.uint8).repeat_interleave(8).view(-1, 1)
@@ -198,8 +217,9 @@ def test_errors() -> None:
         dequantize_nf4(w)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"out: expected dtype float32, got bfloat16"):
         dequantize_nf4(q, dtype=torch.float32, out=torch.empty(8, 8, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"out: expected a contiguous tensor of shape \(8, 8\)"):
-        dequantize_nf4(q, out=torch.empty(8, 16)[:, ::2])
+    for strided in (torch.empty(8, 16)[:, ::2], torch.empty(8, 9)[:, :8].t(), torch.empty(8, 9).t(), torch.empty(64)):
+        with pytest.raises(ValueError, match=r"out: expected a tensor of shape \(8, 8\) on cpu, contig"):
+            dequantize_nf4(q, out=strided)
     with pytest.raises(ValueError, match="dtype: expected one of"):
         dequantize_nf4(q, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"q.packed: expected torch.uint8 of shape \(32, 1\)"):
@@ -215,6 +235,7 @@ def test_opcheck(backend: str) -> None:
         q = quantize_nf4(w, double_quant=double_quant)
         torch.library.opcheck(torch.ops.lora_ops.dequantize_nf4.default, (*operands(q), torch.bfloat16))
         torch.library.opcheck(torch.ops.lora_ops.dequantize_nf4_out.default, (*operands(q), torch.empty(12, 20)))
+        torch.library.opcheck(torch.ops.lora_ops.dequantize_nf4_out.default, (*operands(q), torch.empty(20, 12).t()))
 
 
 def test_nbytes() -> None:
@@ -230,3 +251,15 @@ def test_compiles_without_break(backend: str) -> None:
 
     w = torch.randn(16, 64)
     assert torch.equal(round_trip(w), dequantize_nf4(quantize_nf4(w, double_quant=True)))
+
+
+def test_compiles_into_a_transpose(backend: str) -> None:
+    q = quantize_nf4(torch.randn(24, 64))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def decode(buffer: torch.Tensor) -> torch.Tensor:
+        return dequantize_nf4(q, out=buffer.t())
+
+    buffer = torch.full((64, 24), torch.nan)
+    assert torch.equal(decode(buffer), dequantize_nf4(q))
+    assert torch.equal(buffer, dequantize_nf4(q).t())

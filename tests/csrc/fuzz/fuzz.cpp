@@ -46,6 +46,33 @@ void nf4_codec(Random& random) {
     FUZZ_CHECK(lora_ops_nf4_dequantize(&weight, begin, end, out.data(), out_dtype, threads) == LORA_OPS_OK);
 }
 
+void nf4_transposed(Random& random) {
+    const int dtype = any_dtype(random), out_dtype = any_dtype(random);
+    // At times large enough to be streamed past the caches, where the lines allow it.
+    const bool large = random.integer(0, 30) == 0;
+    const int64_t n = large ? 32 * random.integer(30, 70) : random.length(400);
+    const int64_t k = large ? random.integer(1000, 1200) : random.length(400);
+    const int64_t block = any_block_size(random), blocks = ceil_div(n * k, block);
+    Matrix w(random, dtype, k, n, true), absmax(random, LORA_OPS_F32, 1, blocks), absmax2 = absmax;
+    Bytes packed(random, (n * k + 1) / 2), packed2 = packed;
+    const int threads = static_cast<int>(random.integer(2, 3));
+    FUZZ_CHECK(lora_ops_nf4_quantize_transposed(w.data(), dtype, n, k, block, packed.data(), absmax.floats(), 1) ==
+               LORA_OPS_OK);
+    FUZZ_CHECK(lora_ops_nf4_quantize_transposed(w.data(), dtype, n, k, block, packed2.data(), absmax2.floats(),
+                                                threads) == LORA_OPS_OK);
+    FUZZ_CHECK(packed == packed2 && absmax == absmax2);
+
+    Bytes codes(random, blocks);
+    Matrix nested(random, LORA_OPS_F32, 1, ceil_div(blocks, 256));
+    const std::vector<float> map = code_map();
+    lora_ops_nf4_weight weight = {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block};
+    if (random.coin()) weight = {packed.data(), nullptr, codes.data(), map.data(), nested.floats(), 0.5f, block};
+    Matrix out(random, out_dtype, k, n, true), out2 = out;
+    FUZZ_CHECK(lora_ops_nf4_dequantize_transposed(&weight, n, k, out.data(), out_dtype, 1) == LORA_OPS_OK);
+    FUZZ_CHECK(lora_ops_nf4_dequantize_transposed(&weight, n, k, out2.data(), out_dtype, threads) == LORA_OPS_OK);
+    FUZZ_CHECK(out == out2);
+}
+
 void nf4_linear(Random& random) {
     const int dtype = any_dtype(random), w_dtype = any_dtype(random);
     const int64_t m = random.coin() ? random.integer(0, 9) : random.integer(0, 150);
@@ -184,6 +211,7 @@ struct Case {
 };
 
 Case cases[] = {{"nf4 codec", nf4_codec, 0},
+                {"nf4 transposed", nf4_transposed, 0},
                 {"nf4 linear", nf4_linear, 0},
                 {"blockwise8", blockwise8, 0},
                 {"dropout mask", dropout_mask, 0},

@@ -80,6 +80,13 @@ def test_dequantize(n: int, dtype: torch.dtype, block_size: int, double_quant: b
     assert guarded[32 + n :].isnan().all()
 
 
+def test_dequantize_into_a_transpose() -> None:
+    q = reference(weights((40, 70), torch.float32, 0), 64, True)
+    buffer = torch.full((70, 40), torch.nan)
+    dequantize_nf4(q, out=buffer.t())
+    assert torch.equal(bits(buffer), bits(truth(q).t()))
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 256])
 def test_groups_of_double_quantization(block_size: int) -> None:
     """More than one group of 256 blocks, the last one cut off: each program takes the scale of its own."""
