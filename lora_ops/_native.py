@@ -44,6 +44,11 @@ class NF4Weight(Structure):
         ("block_size", c_int64),
     )
 
+    @functools.cached_property
+    def operand(self) -> Weight:
+        """It as `lora_forward` and `lora_backward` take it."""
+        return Weight(None, 0, self)
+
 
 class Weight(Structure):
     """`lora_ops_weight`: a pointer into a tensor, which the caller keeps alive, or an NF4 weight."""
@@ -381,11 +386,6 @@ def takes_dense(dtype: torch.dtype) -> bool:
 def dense_weight(weight: Tensor) -> Weight:
     """The C view of a dense weight [N, K] with unit stride along K."""
     return Weight(weight.data_ptr(), weight.stride(0), NF4Weight())
-
-
-def quantized_weight(weight: NF4Weight) -> Weight:
-    """An NF4 weight as `lora_forward` and `lora_backward` take it."""
-    return Weight(None, 0, weight)
 
 
 def lora_forward(

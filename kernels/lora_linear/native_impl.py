@@ -39,7 +39,7 @@ def _adapter(a: Tensor, b: Tensor, scale: Tensor, dropout_p: float, seed: Tensor
 def _weight(weight: Tensor | NF4Tensor) -> _native.Weight | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
-        return _native.quantized_weight(codec.weight_of(weight))
+        return codec.weight_of(weight).operand
     if weight.stride(1) == 1 and _native.takes_dense(weight.dtype):
         return _native.dense_weight(weight)
     return None

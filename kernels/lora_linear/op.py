@@ -185,7 +185,10 @@ def lora_linear(
     Source: LoRA (Hu et al. 2021), equation 3; QLoRA (Dettmers et al. 2023), equation 5.
     """
     check_dtype("x", x, FLOAT_DTYPES)
-    autocast = autocasting(x)
+    packed = weight.packed if isinstance(weight, NF4Tensor) else weight
+    # First of all: what is plain is on the CPU and not under autocast, which needs no look then.
+    plain = is_plain_call(x, packed, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
+    autocast = not plain and autocasting(x)
     like_x = FLOAT_DTYPES if autocast else (x.dtype,)
     if isinstance(weight, NF4Tensor):
         check_nf4("weight", weight, dim=2)
@@ -211,10 +214,10 @@ def lora_linear(
     check_probability("dropout_p", dropout_p)
     if scale is None or isinstance(scale, (str, complex)):
         raise ValueError(f"scale: expected a number or a floating 0-d tensor, got {scale!r}")
-    packed = weight.packed if isinstance(weight, NF4Tensor) else weight
-    check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    if not plain:
+        check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
     seed = _seed_tensor(seed, dropout_p, x.device)
-    if is_plain_call(x, packed, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None):
+    if plain:
         scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)
         y, _ = _fwd.run(x, x, weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     else:

@@ -99,7 +99,7 @@ class Operands:
             y[:], dx[:], bias = torch.nan, torch.nan, self.bias
             dense = self.weight == "dense"
             w = guarded(self.w)
-            weight = _native.dense_weight(w) if dense else _native.quantized_weight(codec.weight_of(self.q))
+            weight = _native.dense_weight(w) if dense else codec.weight_of(self.q).operand
         _native.lora_forward(low_rank, x, s, y, weight, bias)
         da, db = torch.full_like(self.a, torch.nan), torch.full_like(self.b, torch.nan)
         dbias = torch.full((self.n,), torch.nan, dtype=self.dtype)
