@@ -33,7 +33,7 @@ Kind kind_of(const Gemm& g) {
     if (g.dtype != LORA_OPS_BF16) return Kind::kOther;
     if (g.dx) return Kind::kPanels;
     if (!g.dense && g.k > 0 && is_aligned(g)) return g.m <= kMostDotRows ? Kind::kDotAligned : Kind::kPanels;
-    if (!g.dense && g.m <= kDotTile) return Kind::kDotAny;
+    if (!g.dense && g.m <= kMostAnyRows) return Kind::kDotAny;
     return g.m <= most_wide_rows(g) ? Kind::kWide : Kind::kPanels;
 }
 
@@ -80,10 +80,6 @@ void gemm_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char* sh
         case 2: return dot_any_task<2>(g, task);
         case 3: return dot_any_task<3>(g, task);
         case 4: return dot_any_task<4>(g, task);
-        case 5: return dot_any_task<5>(g, task);
-        case 6: return dot_any_task<6>(g, task);
-        case 7: return dot_any_task<7>(g, task);
-        case 8: return dot_any_task<8>(g, task);
     }
 }
 
