@@ -19,7 +19,7 @@ namespace {
 // a fetch ahead of it that reaches over the end of a row. Two Zen 4 cores, 4096 x 4096, dense weights used in between,
 // ms for 1, 8, 16 and 32 rows: 0.28, 0.77, 1.47, 2.77; without fetching scales 0.28, 0.80, 1.60, 2.95.
 constexpr int kMostDotRows = 48;           // more are faster in panels
-constexpr int kMostAnyRows = 4;            // where W is ragged: 8 rows of a 4095 x 4097 took 3.1 ms, and 1.8 as wide dots
+constexpr int kMostAnyRows = 4;            // where W is ragged: 8 rows of 4095 x 4097 in 3.1 ms, 1.8 as wide dots
 constexpr int kDotTile = 8;                // rows of x at once: 16 sums, two decoded groups of two rows of W
 constexpr int64_t kDotColumns = 64;        // rows of W in a task
 constexpr int64_t kDotDepth = 1024;        // terms of a pass: x takes half of the L1 cache, scales of a row a line
