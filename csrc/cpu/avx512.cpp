@@ -298,8 +298,12 @@ struct Avx512LookUp {
 };
 
 }  // namespace
+}  // namespace lora_ops
 
-const GemmKernels kAvx512Gemm = {f32_plan<Avx512Floats>, nullptr, f32_task<Avx512Floats>};
+#include "dots_avx512.inl"
+
+namespace lora_ops {
+const GemmKernels kAvx512Gemm = {avx512_plan, avx512_prepare, avx512_task};
 
 const Kernels kAvx512Kernels = {nf4_quantize_any<Avx512>, nf4_dequantize_any<Avx512>,
                                      nf4_dequantize_transposed_any<Avx512, Avx512Parts>,

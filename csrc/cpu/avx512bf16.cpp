@@ -56,14 +56,16 @@ GemmPlan gemm_plan(const Gemm& g, int n_threads) {
 }
 
 void gemm_prepare(const Gemm& g, const GemmPlan& plan, char* shared) {
-    if (!plan.shared_bytes) return;
-    BF16* const to = reinterpret_cast<BF16*>(shared);
-    if (kind_of(g) == Kind::kDotAligned) {
-        const DotShared dots(g, shared);
-        if (!g.w.absmax) new (dots.map) ScaleBytes(g.w.absmax_map);
-        return pack_dots(g, dots.x);
+    switch (kind_of(g)) {
+        case Kind::kOther: return kAvx512Gemm.prepare(g, plan, shared);
+        case Kind::kWide: return pack_wide(g, reinterpret_cast<BF16*>(shared));
+        case Kind::kDotAligned: break;
+        case Kind::kDotAny:
+        case Kind::kPanels: return;
     }
-    return pack_wide(g, to);
+    const DotShared dots(g, shared);
+    if (!g.w.absmax) new (dots.map) ScaleBytes(g.w.absmax_map);
+    pack_dots(g, dots.x);
 }
 
 void gemm_task(const Gemm& g, const GemmPlan& plan, int64_t task, const char* shared, char* scratch) {

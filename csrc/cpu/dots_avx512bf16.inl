@@ -188,13 +188,6 @@ void dot_pass(const Gemm& g, const DotPass& p, const BF16* x, int64_t first, flo
     }
 }
 
-// Calls work(first row, rows) for tiles of nearly equal height, at most `most`.
-template <class Work>
-inline void row_tiles(int64_t m, int64_t most, Work work) {
-    const int64_t tiles = ceil_div(m, most);
-    for (int64_t i = 0; i < tiles; ++i) work(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
-}
-
 // x for dot_aligned: of each tile [K / 64, 2, rows, 32], folded.
 inline void pack_dots(const Gemm& g, BF16* to) {
     row_tiles(g.m, kDotTile, [&](int64_t first, int64_t rows) {

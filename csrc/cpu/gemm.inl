@@ -150,6 +150,13 @@ inline void scales_of_64(const lora_ops_nf4_weight& w, int64_t first, int64_t n,
     }
 }
 
+// Calls work(first row, rows) for tiles of nearly equal height, at most `most`.
+template <class Work>
+inline void row_tiles(int64_t m, int64_t most, Work work) {
+    const int64_t tiles = ceil_div(m, most);
+    for (int64_t i = 0; i < tiles; ++i) work(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
+}
+
 // The blocks of elements `first`, `first` + step, `first` + 2 step ...
 class BlockWalk {
   public:
