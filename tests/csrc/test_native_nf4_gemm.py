@@ -238,3 +238,17 @@ def test_double_quantized_scales_to_the_last_bit(isa: str, k: int, block_size: i
     with _native.force_isa(isa):
         assert torch.equal(product(x, q), product(x, single))
         assert torch.equal(product(dy, q, dx=True), product(dy, single, dx=True))
+
+
+@pytest.mark.parametrize("m", [1, 4, 8, 20, 60])
+@pytest.mark.parametrize("k", [2240, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_unit_vectors_pick_the_weight_as_it_is_rounded(isa: str, dtype: torch.dtype, k: int, m: int) -> None:
+    q = quantize_nf4(torch.randn(150, k))
+    w = dequantize_nf4(q, dtype=dtype)
+    with _native.force_isa(isa):
+        columns, rows = torch.randperm(k)[:m], torch.randperm(150)[:m]
+        x, dy = torch.eye(k, dtype=dtype)[columns], torch.eye(150, dtype=dtype)[rows]
+        assert torch.equal(product(x, q), w[:, columns].T)
+        assert torch.equal(product(dy, q, dx=True), w[rows])
