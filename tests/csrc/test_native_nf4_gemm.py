@@ -244,11 +244,12 @@ def test_double_quantized_scales_to_the_last_bit(isa: str, k: int, block_size: i
 @pytest.mark.parametrize("k", [2240, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", _native.supported_isas())
-def test_unit_vectors_pick_the_weight_as_it_is_rounded(isa: str, dtype: torch.dtype, k: int, m: int) -> None:
+def test_a_single_term_is_that_of_the_rounded_weight(isa: str, dtype: torch.dtype, k: int, m: int) -> None:
+    """Three times the weight, not the weight: its last rounding would hide that there was none before."""
     q = quantize_nf4(torch.randn(150, k))
     w = dequantize_nf4(q, dtype=dtype)
     with _native.force_isa(isa):
         columns, rows = torch.randperm(k)[:m], torch.randperm(150)[:m]
-        x, dy = torch.eye(k, dtype=dtype)[columns], torch.eye(150, dtype=dtype)[rows]
-        assert torch.equal(product(x, q), w[:, columns].T)
-        assert torch.equal(product(dy, q, dx=True), w[rows])
+        x, dy = 3 * torch.eye(k, dtype=dtype)[columns], 3 * torch.eye(150, dtype=dtype)[rows]
+        assert torch.equal(product(x, q), 3 * w[:, columns].T)
+        assert torch.equal(product(dy, q, dx=True), 3 * w[rows])
