@@ -91,28 +91,17 @@ struct CodedBlock {
     float *m_absmax, *v_absmax;
 };
 
-// Blocks with 8-bit states, one after the other. `step` has updated p when it returns; the codes of a block are only
-// written by the next call.
+// The update of at most a block with 8-bit states; Vec::adamw_coded, which does the same.
 template <class Vec>
-class CodedBlocks {
-  public:
-    CodedBlocks(const AdamwConstants& constants, const AdamwCodes& codes) : c_(constants), codes_(codes) {}
-
-    void step(float* p, const float* g, int64_t n, const CodedBlock& block) {
-        alignas(64) float m[kAdamwBlock], v[kAdamwBlock];
-        blockwise8_dequantize<Vec>(block.m_codes, block.m_absmax, n, kAdamwBlock, *codes_.exp_avg, m);
-        blockwise8_dequantize<Vec>(block.v_codes, block.v_absmax, n, kAdamwBlock, *codes_.exp_avg_sq, v);
-        adamw_update(p, g, m, v, n, c_);
-        blockwise8_quantize<Vec>(m, n, kAdamwBlock, *codes_.exp_avg, block.m_codes, block.m_absmax);
-        blockwise8_quantize<Vec>(v, n, kAdamwBlock, *codes_.exp_avg_sq, block.v_codes, block.v_absmax);
-    }
-
-    void finish() {}
-
-  private:
-    const AdamwConstants& c_;
-    const AdamwCodes& codes_;
-};
+void adamw_update_coded(float* p, const float* g, int64_t n, const CodedBlock& block, const AdamwConstants& c,
+                        const AdamwCodes& codes) {
+    alignas(64) float m[kAdamwBlock], v[kAdamwBlock];
+    blockwise8_dequantize<Vec>(block.m_codes, block.m_absmax, n, kAdamwBlock, *codes.exp_avg, m);
+    blockwise8_dequantize<Vec>(block.v_codes, block.v_absmax, n, kAdamwBlock, *codes.exp_avg_sq, v);
+    adamw_update(p, g, m, v, n, c);
+    blockwise8_quantize<Vec>(m, n, kAdamwBlock, *codes.exp_avg, block.m_codes, block.m_absmax);
+    blockwise8_quantize<Vec>(v, n, kAdamwBlock, *codes.exp_avg_sq, block.v_codes, block.v_absmax);
+}
 
 // Elements [begin, end) of a slice; begin is a multiple of kAdamwBlock.
 template <class Vec>
@@ -127,7 +116,6 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
                             end - begin, c);
     }
     alignas(64) float p_block[kAdamwBlock], g_block[kAdamwBlock];
-    typename Vec::AdamwBlocks blocks(c, codes);
     for (int64_t i = begin; i < end; i += kAdamwBlock) {
         const int64_t n = end - i < kAdamwBlock ? end - i : kAdamwBlock, block = i / kAdamwBlock;
         float* p = p_block;
@@ -143,8 +131,9 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
             adamw_load_any(s.grad, s.grad_dtype, i, n, g_block);
         }
         if (coded) {
-            blocks.step(p, g, n, {static_cast<uint8_t*>(s.exp_avg) + i, static_cast<uint8_t*>(s.exp_avg_sq) + i,
-                                  s.exp_avg_absmax + block, s.exp_avg_sq_absmax + block});
+            const CodedBlock coded_block = {static_cast<uint8_t*>(s.exp_avg) + i, static_cast<uint8_t*>(s.exp_avg_sq) + i,
+                                            s.exp_avg_absmax + block, s.exp_avg_sq_absmax + block};
+            Vec::adamw_coded(p, g, n, coded_block, c, codes);
         } else {
             adamw_update(p, g, static_cast<float*>(s.exp_avg) + i, static_cast<float*>(s.exp_avg_sq) + i, n, c);
         }
@@ -158,7 +147,6 @@ void adamw(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const floa
             adamw_store<BF16>(p, n, s.param, i);
         }
     }
-    blocks.finish();
 }
 
 }  // namespace

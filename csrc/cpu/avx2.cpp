@@ -144,7 +144,7 @@ struct Avx2 {
 
     static void encode8(const float* x, int64_t n, float scale, const Blockwise8Code& code, uint8_t* codes);
     static constexpr auto decode8 = blockwise8_decode;
-    using AdamwBlocks = CodedBlocks<Avx2>;
+    static constexpr auto adamw_coded = adamw_update_coded<Avx2>;
 };
 
 template <>

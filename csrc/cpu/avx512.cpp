@@ -263,38 +263,58 @@ struct Avx512Parts {
     static V high(V a, V b) { return sizeof(T) == 2 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpackhi_epi32(a, b); }
 };
 
-// 8 two-register permutes by the low 5 bits of an index, and a tree of blends by the rest.
+// Two-register permutes by the low 5 bits of an index, and a tree of blends by the rest.
 struct Avx512LookUp {
     static __m512i upper_bytes(__m512i a, __m512i b) {
         return _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
     }
 
-    static __m512 look_up16(const float* table, __m512i index) {
-        const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-        const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
-        const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
-        __m512 part[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            const float* const t = table + 32 * i;
-            part[i] = _mm512_permutex2var_ps(_mm512_load_ps(t), index, _mm512_load_ps(t + 16));
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) part[i] = _mm512_mask_blend_ps(bit5, part[2 * i], part[2 * i + 1]);
-        const __m512 low = _mm512_mask_blend_ps(bit6, part[0], part[1]);
-        return _mm512_mask_blend_ps(bit7, low, _mm512_mask_blend_ps(bit6, part[2], part[3]));
+    static __m512i upper_halves(__m512i a, __m512i b) {
+        const __m512i halves = _mm512_packus_epi32(_mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16));
+        return _mm512_or_si512(_mm512_slli_epi16(halves, 8), _mm512_srli_epi16(halves, 8));
     }
 
-    static void look_up64(const float* table, const uint8_t (*)[256], __m512i lanes, __m512 out[4]) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            // Byte j of every 32-bit part i of a 128-bit lane, widened.
-            const __m512i widen = _mm512_broadcast_i32x4(_mm_add_epi32(
-                _mm_setr_epi32(INT32_MIN, INT32_MIN + 1, INT32_MIN + 2, INT32_MIN + 3), _mm_set1_epi32(4 * i)));
-            const __m512i index = _mm512_shuffle_epi8(lanes, _mm512_or_si512(widen, _mm512_set1_epi32(INT32_MIN | 0x808000)));
-            out[i] = look_up16(table, index);
+    template <int kParts>
+    static __m512i look_up16(const uint32_t* table, __m512i index) {
+        __m512i part[kParts];
+#pragma GCC unroll 8
+        for (int i = 0; i < kParts; ++i) {
+            const uint32_t* const t = table + 32 * i;
+            part[i] = _mm512_permutex2var_epi32(_mm512_load_si512(t), index, _mm512_load_si512(t + 16));
         }
+#pragma GCC unroll 3
+        for (int bit = 32, left = kParts / 2; left > 0; bit *= 2, left /= 2) {
+            const __mmask16 set = _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit));
+#pragma GCC unroll 4
+            for (int i = 0; i < left; ++i) part[i] = _mm512_mask_blend_epi32(set, part[2 * i], part[2 * i + 1]);
+        }
+        return part[0];
     }
+
+    template <int kEntries>
+    class Table {
+      public:
+        Table(const void* entries, const uint8_t (*)[256])
+            : entries_(static_cast<const uint32_t*>(entries) + 256 - kEntries) {}
+
+        void look_up64(__m512i lanes, __m512i out[4]) const {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                // Byte j of every 32-bit part i of a 128-bit lane, widened.
+                const __m512i widen = _mm512_broadcast_i32x4(_mm_add_epi32(
+                    _mm_setr_epi32(INT32_MIN, INT32_MIN + 1, INT32_MIN + 2, INT32_MIN + 3), _mm_set1_epi32(4 * i)));
+                const __m512i bytes = _mm512_or_si512(widen, _mm512_set1_epi32(INT32_MIN | 0x808000));
+                out[i] = look_up16<kEntries / 32>(entries_, _mm512_shuffle_epi8(lanes, bytes));
+            }
+        }
+
+      private:
+        const uint32_t* entries_;
+    };
+
+    struct Mirrored : Table<256> {
+        explicit Mirrored(const Blockwise8Code& code) : Table(code.map, code.map_bytes) {}
+    };
 };
 
 }  // namespace

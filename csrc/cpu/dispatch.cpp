@@ -207,55 +207,66 @@ void make_search(Blockwise8Code& code) {
     for (int bin = 0; bin < code.kBins; ++bin) fill(code.start[bin], least(bin), most(bin));
 }
 
-// What blockwise8_avx512.inl computes from the upper half of a positive float's bits, not below those of the first bin.
-int line_guess(const Blockwise8Code& code, int half) {
-    const int e = half >> 7 & 31, fraction = half << 9 & 0xffff;
-    const auto line = [&](int i) { return (fraction * code.rise[i][e] >> 16) + code.base[i][e]; };
-    return std::min(line(0), line(1)) >> 8;
+// What blockwise8_avx512.inl computes from the upper half of the bits of 2 |v|, not below those of the first bin.
+int line_guess(const Blockwise8Code& code, uint32_t half) {
+    const uint32_t e = half >> 8, swapped = (half << 8 & 0xff00) | e;
+    const int line = swapped > code.bend[e & 31] ? 0 : 1;
+    return static_cast<int>(((swapped * code.rise[line][e & 31] >> 16) + code.base[line][e & 31]) >> 8);
 }
 
 // Decade d of a dynamic map, from 10^(d - 7) to 10^(d - 6), holds 2^d values of each sign, or 2^(d + 1) of one, so its
 // line rises by as many: half a code above the number of thresholds where it crosses one.
 void make_lines(Blockwise8Code& code) {
     code.is_signed = code.map[0] < 0;
-    const int zero = code.is_signed ? 127 : 0, most = 255 - zero, last = 31;
+    const int zero = code.is_signed ? 127 : 0, last = 31;
     const auto values = [&](int d) { return code.is_signed ? 1 << d : 2 << d; };
     const auto line = [&](int d, double a) {
         const int before = values(d) - values(0);
-        return before + 0.5 + values(d) * (a / pow(10, d - 6) - 0.1) / 0.9;
+        return zero + before + 0.5 + values(d) * (a / pow(10, d - 6) - 0.1) / 0.9;
     };
     for (int e = 0; e < last; ++e) {
         const double low = ldexp(1, e - last), high = 2 * low;
-        // A bin is up to 0.56 codes wide (unsigned, above 0.5), and the last threshold is a quarter above the line.
-        const double lift = e == last - 1 ? 0.4 : 0.1;
+        int decade[2];  // in which the binade ends, and begins
         for (int i = 0; i < 2; ++i) {
-            int d = 0;  // the decade in which the binade begins, or ends
-            while (d < 6 && (i ? high : low) > pow(10, d - 6)) ++d;
-            code.rise[i][e] = static_cast<uint16_t>(lround(256 * (line(d, high) - line(d, low))));
-            code.base[i][e] = static_cast<uint16_t>(lround(256 * (line(d, low) + lift)));
+            int& d = decade[i] = 0;
+            while (d < 6 && (i ? low : high) > pow(10, d - 6)) ++d;
+            const double rise = lround(256 * (line(d, high) - line(d, low)));
+            code.rise[i][e] = static_cast<uint16_t>(rise);
+            // The factor of the rise is the fraction and, below it, the exponent.
+            const double below = rise * (code.kFirstExponent + e) / 65536;
+            code.base[i][e] = static_cast<uint16_t>(lround(256 * line(d, low) - below));
         }
+        const double bend = decade[0] == decade[1] ? low : pow(10, decade[1] - 6);
+        code.bend[e] = static_cast<uint16_t>(static_cast<int>(256 * (bend / low - 1)) << 8 | 0xff);
     }
-    for (int i = 0; i < 2; ++i) {  // 1 and, with the same low bits of the exponent, inf and NaN: the last code
+    for (int i = 0; i < 2; ++i) {  // 1 and, with the same low bits of the exponent, inf and NaN: the last code but one
+        code.bend[last] = 0;
         code.rise[i][last] = 0;
-        code.base[i][last] = static_cast<uint16_t>(256 * most);
+        code.base[i][last] = 254 << 8;
     }
 
-    // The search starts at `index` and goes on by one at most: that must do for all values of every bin.
-    const auto count = [&](float v) {
-        return static_cast<int>(std::lower_bound(code.threshold, code.threshold + 255, v) - code.threshold);
+    // The search starts at the guess and goes on by one at most: that must do for all values of every bin.
+    int below = zero;
+    const auto count = [&](float v) {  // thresholds below a rising v
+        while (code.threshold[below] < v) ++below;
+        return below;
     };
-    code.linear = count(1) == 255 && (!code.is_signed || count(-1) == 0);
-    const int first = code.kFirstExponent << 7, one = 127 << 7;
-    for (int half = first; half < one; ++half) {
+    code.linear = code.threshold[zero] >= ldexp(1, -last);  // smaller values are taken for that
+    for (uint32_t half = code.kFirstExponent << 8; half < 127 << 8; ++half) {
         const int guess = line_guess(code, half);
-        const float low = half == first ? 0.0f : bits_float(static_cast<uint32_t>(half) << 16);
-        const float high = bits_float((static_cast<uint32_t>(half) << 16) + 0xffff);
-        const auto serves = [&](int index, float least, float largest) {
-            return count(largest) - 1 <= index && index <= count(least);
-        };
-        code.linear &= serves(zero + guess, low, high);
-        if (code.is_signed) code.linear &= serves(std::max(126 - guess, 0), -high, -low);
+        code.linear &= guess <= count(bits_float(half << 15)) && count(bits_float((half << 15) + 0x7fff)) <= guess + 1;
     }
+    code.linear &= count(1) == 255;
+
+    for (int i = 0; i < 255; ++i) code.doubled[i] = 2 * float_bits(code.threshold[i]);
+    if (!code.is_signed) return;
+    code.linear &= float_bits(code.map[zero]) == 0;
+    for (int i = 0; i < zero; ++i) {
+        code.linear &= code.map[zero + 1 + i] == -code.map[zero - 1 - i];
+        // Where the midpoint is no fp32 number, its double is odd: v and -v are both above it or both below it.
+        code.doubled[zero + i] += code.threshold[zero + i] != -code.threshold[zero - 1 - i];
+    }
+    code.doubled[255] = code.doubled[zero];
 }
 
 Blockwise8Code make_code(const float* map) {
@@ -266,7 +277,7 @@ Blockwise8Code make_code(const float* map) {
     for (int i = 0; i < 256; ++i) {
         for (int byte = 0; byte < 4; ++byte) {
             code.map_bytes[byte][i] = static_cast<uint8_t>(float_bits(code.map[i]) >> 8 * byte);
-            code.threshold_bytes[byte][i] = static_cast<uint8_t>(float_bits(code.threshold[i]) >> 8 * byte);
+            code.doubled_bytes[byte][i] = static_cast<uint8_t>(code.doubled[i] >> 8 * byte);
         }
     }
     return code;
@@ -274,7 +285,7 @@ Blockwise8Code make_code(const float* map) {
 
 }  // namespace
 
-// A code costs 20 µs to make, as much as the step of a small model; nearly every call brings one of the same two maps.
+// A code costs 60 µs to make, as much as the step of a small model; nearly every call brings one of the same two maps.
 std::shared_ptr<const Blockwise8Code> code_of(const float* map) {
     static std::mutex mutex;
     static std::shared_ptr<const Blockwise8Code> kept[2];

@@ -15,9 +15,10 @@ namespace lora_ops {
 // counts the thresholds below the whole bin, and the search goes on from there. Both dynamic maps have at most one
 // threshold a bin, so one comparison settles it.
 //
-// The dynamic maps: each decade is a straight line, steeper than the next one, and no binade meets more than two of them.
-// So in the bin of 7 bits of mantissa that holds |v|, the number of thresholds below it is the integer part of the lesser
-// of two lines, or one more, which one comparison settles. Lines are by exponent, 16-bit fixed point.
+// The dynamic maps: each decade is a straight line, and no binade meets more than two of them. So in the bin of 8 bits of
+// mantissa that holds |v|, the number of thresholds below |v| is the integer part of one of two lines, or one more, which
+// one comparison settles. Lines are by exponent, 16-bit fixed point. Values are compared as the integers 2 |v| + (v < 0),
+// in which a byte is the exponent, and whose lowest bit tells apart what the same midpoint decides of v and of -v.
 struct Blockwise8Code {
     static constexpr int kFirstKey = (127 - 23) << 7;
     static constexpr int kBins = (127 << 7) - kFirstKey + 1;
@@ -26,10 +27,16 @@ struct Blockwise8Code {
     alignas(64) float map[256];
     alignas(64) float threshold[256];         // largest fp32 <= midpoint of values i and i + 1; the last is +inf
     alignas(64) uint8_t map_bytes[4][256];    // byte i of each value: a permute of bytes looks up 64 codes at once
-    alignas(64) uint8_t threshold_bytes[4][256];
-    alignas(64) uint16_t rise[2][32];         // of a line over the binade, in 1 / 256; by the exponent's low 5 bits
-    alignas(64) uint16_t base[2][32];         // its value where the binade begins
-    bool is_signed, linear;                   // linear: the lines were found to serve this map in every bin
+    // Of the positive values, what 2 |v| + (v < 0) has to exceed. That of code 127, if the map is signed, is the last: the
+    // other 128 are then found by 7 bits of a code.
+    alignas(64) uint32_t doubled[256];
+    alignas(64) uint8_t doubled_bytes[4][256];
+    alignas(64) uint16_t bend[32];     // fraction << 8 | exponent of the last bin of a binade that the first line serves
+    alignas(64) uint16_t rise[2][32];  // second and first line's, over a binade, in 1 / 256; by the exponent's low 5 bits
+    alignas(64) uint16_t base[2][32];  // their codes where the binade begins
+    // linear: the lines were found to serve this map in every bin, and if it is signed, it is that of positive values
+    // mirrored, with 0 as code 127 and one value more at the end.
+    bool is_signed, linear;
     int most_steps;            // comparisons that settle any v
     uint8_t start[2 * kBins];  // bins of positive v, then of negative v
     uint8_t padding[3];        // a vector gather reads 4 bytes at each start

@@ -54,7 +54,7 @@ struct Portable {
         for (int64_t i = 0; i < n; ++i) codes[i] = blockwise8_encode(x[i] * scale, code);
     }
     static constexpr auto decode8 = blockwise8_decode;
-    using AdamwBlocks = CodedBlocks<Portable>;
+    static constexpr auto adamw_coded = adamw_update_coded<Portable>;
 };
 
 struct PortableFloats {

@@ -108,6 +108,34 @@ def test_any_ascending_map(isa: str, kind: str, signed: bool, seed: int) -> None
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {1: 1e-12, -1: -1e-12},  # a threshold among the values that the lines take for 2^-31
+        {0: 1e-10},
+        {-1: -5e-7},  # not mirrored
+        {1: 5e-7},
+    ],
+)
+def test_dynamic_maps_with_a_value_changed(isa: str, signed: bool, change: dict[int, float]) -> None:
+    """Lines that serve the dynamic maps may serve these, what mirrors one half of a map may not."""
+    table, zero = dynamic_map(signed).clone(), 127 if signed else 0
+    for at, value in change.items():
+        if zero + at >= 0:
+            table[zero + at] = value
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2560, generator=g).sign() * 10 ** (torch.rand(2560, generator=g) * 16 - 16)
+    x[::256] = 1.0
+    codes, absmax = torch.empty(2560, dtype=torch.uint8), torch.empty(10)
+    _native.blockwise8_quantize(x, 256, table, codes, absmax)
+    np.testing.assert_array_equal(codes.numpy(), nearest(scaled(x, 256)[0], table))
+    every = torch.arange(256, dtype=torch.uint8)
+    out = torch.empty(256)
+    _native.blockwise8_dequantize(every, torch.ones(1), 256, table, out)
+    assert torch.equal(out.view(torch.int32), table.view(torch.int32))
+
+
+@pytest.mark.parametrize("signed", [True, False])
 def test_zero_codes_to_zero(isa: str, signed: bool) -> None:
     for n in (256, 300):
         x = torch.zeros(n)

@@ -200,7 +200,8 @@ void adamw(Random& random) {
     run(second, static_cast<int>(random.integer(2, 3)));
     for (int64_t i = 0; i < count; ++i) {
         const Operands &a = once[i], &b = twice[i];
-        FUZZ_CHECK(a.p == b.p && a.m == b.m && a.m_absmax == b.m_absmax && a.v_absmax == b.v_absmax);
+        FUZZ_CHECK(a.p == b.p && a.m == b.m && a.v == b.v && a.m_absmax == b.m_absmax && a.v_absmax == b.v_absmax);
+        FUZZ_CHECK(a.m_codes == b.m_codes && a.v_codes == b.v_codes);
     }
 }
 
