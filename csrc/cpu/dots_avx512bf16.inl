@@ -188,7 +188,7 @@ void dot_pass(const Gemm& g, const DotPass& p, const BF16* x, int64_t first, flo
     }
 }
 
-// x for dot_aligned: of each tile [K / 64, 2, rows, 32], folded.
+// x for dot_pass: of each tile [K / 64, 2, rows, 32], folded.
 inline void pack_dots(const Gemm& g, BF16* to) {
     row_tiles(g.m, kDotTile, [&](int64_t first, int64_t rows) {
         for (int64_t k = 0; k < g.k; k += 64, to += 64 * rows) {
@@ -226,12 +226,8 @@ void dot_tile(const Gemm& g, const DotPass& p, const BF16* x, int64_t first, int
     }
 }
 
-// Terms of a pass: as many as leave a tile of x in the L1 cache, in passes of nearly equal length.
-inline int64_t dot_depth(const Gemm& g) {
-    const int64_t tile = ceil_div(g.m, ceil_div(g.m, kDotTile));
-    if (tile <= kMostUnblocked) return g.k;
-    return lesser(g.k, kDotDepth);
-}
+// Terms of a pass: all of K for few rows of x, else as many as leave a tile of x in the L1 cache.
+inline int64_t dot_depth(const Gemm& g) { return g.m <= kMostUnblocked ? g.k : lesser(g.k, kDotDepth); }
 
 // Whether the scales of groups of 64 are W's as they stand.
 inline bool scales_serve(const Gemm& g) { return g.w.absmax && g.w.block_size == 64; }
