@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import lora_ops
-from lora_ops.inject import InjectionError, InjectionReport
+from lora_ops.injection import InjectionError, InjectionReport
 from lora_ops.nn import LoRALinear, NF4Linear
 from tests import models
 
 peft = pytest.importorskip("peft")
-_peft_layers = pytest.importorskip("lora_ops._peft_layers")
+peft_layers = pytest.importorskip("lora_ops.injection.peft_layers")
 
 ARCHITECTURES = list(models.DECODERS)
 
@@ -26,7 +26,7 @@ ARCHITECTURES = list(models.DECODERS)
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, since the models are too small for two, and reasons that no other test has told yet."""
-    monkeypatch.setattr(_peft_layers, "_told", set())
+    monkeypatch.setattr(peft_layers, "_told", set())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

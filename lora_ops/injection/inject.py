@@ -1,0 +1,197 @@
+"""One line that puts fused LoRA layers into a Hugging Face model, and the way back.
+
+Imports torch only: peft and transformers are imported when a function needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lora_ops._checks import check_probability
+from lora_ops.nn import NF4Linear, check_quantize, is_conv1d
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraConfig
+
+_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+class InjectionError(RuntimeError):
+    """`inject(..., strict=True)` met layers that cannot be fused."""
+
+
+def inject(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    target_modules: str | list[str] | set[str] = "all-linear",
+    quantize: str | None = None,
+    strict: bool = False,
+    **lora_config_kwargs: Any,
+) -> PeftModel:
+    """Put LoRA adapters into a model and run them on `lora_linear`: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
+
+    A plain model becomes a PeftModel with one new adapter; its base is frozen and its linear layers are replaced in
+    place. In a PeftModel the LoRA layers that it has are swapped in place: names, Parameters, hooks and optimizer
+    references stay what they are, and a second call changes nothing. bitsandbytes 4-bit (nf4) base layers become
+    NF4Linear over the same bytes. What is not plain LoRA over a linear layer keeps PEFT's math; `injection_report` says
+    which layers and why. The adapter is saved, loaded, merged and switched as with PEFT alone.
+
+    Args:
+        model: a transformers model, any nn.Module, or a PeftModel with LoRA adapters.
+        r: rank. This and the next three configure a new adapter: none may be given (other than its default) for a
+            PeftModel.
+        lora_alpha: scale s = lora_alpha / r.
+        lora_dropout: dropout probability of the low-rank branch, independent for each layer.
+        target_modules: as in PEFT's LoraConfig: names, a regular expression, or "all-linear" for every linear layer but
+            the output embedding.
+        quantize: "nf4" stores the weights of all linear layers in double-quantized NF4, targeted or not, except the
+            output embedding, modules that are trained whole, and those that the model wants in float32
+            (`_keep_in_fp32_modules`); None leaves them.
+        strict: raise if a targeted layer cannot be fused, before anything is quantized.
+        lora_config_kwargs: other fields of PEFT's LoraConfig.
+
+    Returns:
+        The PeftModel: `model` itself if it was one.
+
+    Raises:
+        ImportError: if peft or transformers is missing.
+        TypeError: if model is not an nn.Module, or an option is not a field of LoraConfig.
+        ValueError: if an argument is not valid, or a weight that is to be quantized is not finite.
+        InjectionError: with `strict`, naming the layers and the reasons.
+    """
+    _require("peft", "transformers")
+    import peft
+
+    from lora_ops.injection import convert, peft_layers
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_quantize(quantize)
+    options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
+    if isinstance(model, peft.PeftModel):
+        given = [name for name, value in options.items() if value != _DEFAULTS[name]] + list(lora_config_kwargs)
+        if given:
+            raise ValueError(
+                f"{given[0]}: the model is a PeftModel, whose adapter has its own configuration; "
+                f"inject(model) takes no {', '.join(given)} for it"
+            )
+        if not isinstance(model.base_model, peft.tuners.lora.LoraModel):
+            raise ValueError(f"model: expected a PeftModel with LoRA adapters, got {type(model.base_model).__name__}")
+        if quantize == "nf4":
+            for config in model.peft_config.values():
+                peft_layers.check_nf4_config(config, initialized=True)
+            if merged := [name for name, layer in convert.lora_layers(model) if layer.merged]:
+                raise ValueError(f"quantize: {merged[0]} has merged adapters; unmerge them first")
+        if strict:
+            _check_all_fusable(model, quantize)
+    else:
+        if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()):
+            raise ValueError(
+                "model: expected a model without adapters, or a PeftModel; this one has LoRA layers that were added "
+                "without a PeftModel around them"
+            )
+        config = _lora_config(model, options, lora_config_kwargs)
+        has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
+        if has_nf4 or quantize == "nf4":
+            peft_layers.check_nf4_config(config, initialized=not has_nf4)
+        peft_model = peft.get_peft_model(model, config)
+        if strict:
+            try:
+                _check_all_fusable(peft_model, quantize)
+            except InjectionError:
+                peft_model.unload()
+                raise
+        model = peft_model
+    convert.convert_bases(model, quantize)
+    for module in model.modules():
+        peft_layers.adopt(module)
+    if type(model.base_model) is peft.tuners.lora.LoraModel:
+        model.base_model.__class__ = peft_layers.LoraModel
+    return model
+
+
+def eject(model: PeftModel) -> PeftModel:
+    """Undo `inject`: make the LoRA layers PEFT's own again, in place, with the same names and Parameters.
+
+    A base that was quantized stays an NF4Linear, on which PEFT's forward works and its merge does not.
+
+    Args:
+        model: a PeftModel.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ImportError: if peft or transformers is missing.
+        TypeError: if model is not a PeftModel.
+        ValueError: if adapters are merged into an NF4 base, which PEFT could not unmerge.
+    """
+    _require("peft", "transformers")
+    import peft
+
+    from lora_ops.injection import peft_layers
+
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, peft_layers.LoraNF4Linear) and module.merged:
+            raise ValueError(f"model: {name} has adapters merged into its NF4 weight; unmerge them first")
+    for module in model.modules():
+        peft_layers.abandon(module)
+    if type(model.base_model) is peft_layers.LoraModel:
+        model.base_model.__class__ = peft.tuners.lora.LoraModel
+    return model
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f'lora_ops.inject needs {", ".join(missing)}: install with  pip install "lora_ops[train]"')
+
+
+def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, Any]) -> LoraConfig:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+    r, targets = options["r"], options["target_modules"]
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
+    check_probability("lora_dropout", options["lora_dropout"])
+    fields = {f.name for f in dataclasses.fields(LoraConfig)}
+    if unknown := [name for name in others if name not in fields]:
+        raise TypeError(f"{unknown[0]}: neither an argument of inject nor a field of PEFT's LoraConfig")
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    if isinstance(targets, str) and targets.lower() == "all-linear" and not isinstance(model, PreTrainedModel):
+        options = {**options, "target_modules": sorted(linears - {""})}  # PEFT has the shorthand for its models only
+    # Conv1D holds (K, N); PEFT sets this itself, with a warning.
+    defaults = {"fan_in_fan_out": any(is_conv1d(m) for m in model.modules()), "task_type": _task_type(model)}
+    return LoraConfig(**{**defaults, **options, **others})
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type, which gives the PeftModel its `generate`."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _check_all_fusable(model: PeftModel, quantize: str | None) -> None:
+    from lora_ops.injection import convert, peft_layers
+
+    reasons = []
+    for name, layer in convert.lora_layers(model):
+        convertible = convert.is_bnb_lora(layer) and not layer.merged
+        if not convertible and (reason := peft_layers.why_not_fused(layer)):
+            reasons.append(f"{name}: {reason}")
+    if reasons:
+        raise InjectionError("\n  ".join([f"strict: {len(reasons)} targeted layers cannot be fused:", *reasons]))
