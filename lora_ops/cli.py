@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from lora_ops import _native
+from lora_ops import _machine, _native
 from lora_ops._dispatch import BACKENDS, current_backend
 from lora_ops.quant import crossovers
 from lora_ops.version import __version__
@@ -41,6 +41,9 @@ def doctor() -> str:
     lines = [f"lora_ops {__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines += [f"GPU      {gpu}", f"CPU      {platform.machine()}, {torch.get_num_threads()} threads"]
+    for dtype in _machine.DTYPES_16BIT:
+        if reason := _machine.slow_16bit_reason(dtype):
+            lines.append(f"{'':<8} slow: {reason}: {_machine.SLOW_16BIT_REMEDY}")
     lines += ["", f"backends (in use: {current_backend()})"]
     for backend in BACKENDS.values():
         reason = backend.unavailable()

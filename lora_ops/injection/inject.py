@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_ops._checks import check_probability
+from lora_ops._machine import warn_slow_16bit
 from lora_ops.nn import NF4Linear, check_quantize, is_conv1d
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def inject(
         peft_layers.adopt(module)
     if type(model.base_model) is peft.tuners.lora.LoraModel:
         model.base_model.__class__ = peft_layers.LoraModel
+    warn_slow_16bit(model)
     return model
 
 
