@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults triton native cuda sanitize clean
+.PHONY: help demo test lint format bench sweep faults triton native cuda sanitize clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ format: $(VENV)/.test ## let ruff rewrite what it can
 
 bench: $(VENV)/.bench ## time every op against dense torch, PEFT, bitsandbytes and torchao; writes bench/results/
 	$(BIN)/python -m bench $(ARGS)
+
+sweep: $(VENV)/.test ## inject every family of transformers, tiny, against stock PEFT; writes docs/sweep.md (10 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep $(ARGS)
 
 faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
 	$(BIN)/python -m tests.optim.crash --rounds 200

@@ -1,4 +1,4 @@
-"""Every family of transformers that builds from a tiny configuration, dense and in NF4, against stock PEFT: `make sweep`.
+"""`make sweep`: every family of transformers that can be made tiny, dense and in NF4, against stock PEFT.
 
 Writes docs/sweep.md, and fails if a row differs, ends in an error of ours, or leaves something unserved without a word.
 """
@@ -22,11 +22,11 @@ TABLE = Path(__file__).parents[2] / "docs" / "sweep.md"
 _HEAD = """# Models
 
 What `lora_ops.inject(model)` makes of every causal, seq2seq, encoder, vision, speech and image-text family of
-transformers that builds from a tiny configuration: one forward and backward, float32, on the CPU, against stock PEFT with
-the same adapters over the same (for NF4: the dequantized) weights. Written by `make sweep`, with {versions}.
+transformers that builds from a tiny configuration: one forward and backward, float32, on the CPU, against stock PEFT
+with the same adapters over the same weights (for NF4 the dequantized ones). Written by `make sweep`, with {versions}.
 
-"equal": output and every gradient are stock PEFT's up to float32 rounding, and what is not served is said. "refused": an
-error, raised before anything was changed. "stock PEFT fails": the model with the same adapters fails there as well.
+"equal": output and every gradient are stock PEFT's up to float32 rounding, and what is not served is said. "refused":
+an error that was raised before anything was changed.
 
 {counts}
 

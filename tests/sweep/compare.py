@@ -92,7 +92,8 @@ def _compare(model: PreTrainedModel, batch: dict[str, Any], quantize: str | None
         try:
             ours = lora_ops.inject(model, r=RANK, quantize=quantize, init_lora_weights=False).eval()
         except (ValueError, TypeError, lora_ops.injection.InjectionError) as error:
-            return Outcome("refused", _line(error), said)
+            changed = {n: type(m) for n, m in model.named_modules()} != {n: type(m) for n, m in base.named_modules()}
+            return Outcome("error" if changed else "refused", _line(error), said)
         except Exception as error:
             return Outcome("error", f"inject: {_line(error)}", said)
         called = _watch(ours)
