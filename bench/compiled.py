@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -21,8 +22,8 @@ _spent = 0.0
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after `seconds`; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raise TimeoutError in the main thread after `seconds`, if they are finite; elsewhere there is no limit."""
+    if seconds == math.inf or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -30,8 +31,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"not done after {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import argparse
+import math
 import os
 import subprocess
 import tempfile
@@ -39,6 +40,7 @@ from bench.measure import Run
 from bench.report import write_report
 from lora_ops.quant import crossovers
 
+BUDGET_S = 450.0
 SILENCE_S = 120.0  # without a sign of life a section hangs: the largest comparison takes well under a minute
 GRACE_S = 20.0  # beyond the budget, for the piece of work in hand: with it, the whole takes less than 8 minutes
 
@@ -46,17 +48,22 @@ GRACE_S = 20.0  # beyond the budget, for the piece of work in hand: with it, the
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds (450); what is left over is skipped")
+    parser.add_argument("--budget", type=float, help=f"seconds ({BUDGET_S:g}); what is left over is skipped")
     parser.add_argument("--sections", type=_sections, default=tuple(SECTIONS), help=f"of: {', '.join(SECTIONS)}")
     parser.add_argument("--output", type=Path, help="folder of the results; default bench/results/<gpu>/")
     parser.add_argument("--tune", action="store_true", help="measure this GPU's crossovers; lora_ops uses them after")
-    parser.add_argument("--dry-run", action="store_true", help="every section on the CPU with tiny shapes")
-    parser.add_argument("--silence", type=float, default=SILENCE_S, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="every section on the CPU, tiny shapes, no limits")
+    parser.add_argument("--silence", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.tune:
         args.sections = ("tune",)
+    # A GPU is lent for minutes, and may hang; a CPU does neither, but may be slow and busy.
+    if args.budget is None:
+        args.budget = math.inf if args.dry_run else BUDGET_S
+    if args.silence is None:
+        args.silence = math.inf if args.dry_run else SILENCE_S
     return args
 
 

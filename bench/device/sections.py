@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bench.ceilings import measure_ceilings
-from bench.device.checks import CHECKS, Check
+from bench.device.checks import CHECKS, Check, checks_on
 from bench.device.context import Context
 from bench.device.discover import backends_of, registered_ops
 from bench.device.end_to_end import end_to_end
@@ -124,7 +124,7 @@ def cuda_works() -> bool:
     return True
 
 
-def _checking(cases: dict[str, Check], ops: list[Op], *, captured: bool = False) -> Section:
+def _checking(ops: list[Op], *, captured: bool = False) -> Section:
     """Check ops that share their cases (a forward and its backward) on every backend that has them.
 
     Captured in a graph the fast backends are checked, which are what a GPU runs.
@@ -132,6 +132,7 @@ def _checking(cases: dict[str, Check], ops: list[Op], *, captured: bool = False)
 
     def run(context: Context) -> Iterator[str]:
         device, lead = context.plan.device, ops[0]
+        cases = (CAPTURES if captured else checks_on(device))[lead.name]
         # Those that serve by themselves first: one that does not yet may break the process.
         for backend, unavailable in sorted(
             backends_of(lead, device).items(), key=lambda b: not BACKENDS[b[0]].automatic
@@ -228,8 +229,7 @@ def _register() -> None:
             if op.name in table:
                 groups.setdefault(id(table[op.name]), []).append(op)
         for ops in groups.values():
-            name = ops[0].name
-            section(f"{verb} {name}")(_checking(table[name], ops, captured=verb == "capture"))
+            section(f"{verb} {ops[0].name}")(_checking(ops, captured=verb == "capture"))
     section("tune")(_tune)
     for op_name in sorted(SUITES, key=_weight):
         section(f"time {op_name}")(_timing(op_name))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.device.checks import CHECKS, Check
+from bench.device.checks import Check, checks_on
 from bench.device.context import Context
 from bench.environment import ROOT
 from lora_ops import _cuda, use_backend
@@ -32,11 +32,12 @@ def _todo(device: str) -> list[tuple[str, Check]]:
     from bench.device.discover import backends_of, registered_ops
 
     found: dict[int, tuple[str, Check]] = {}
+    checks = checks_on(device)
     for op in registered_ops():
         for backend, unavailable in backends_of(op, device).items():
             compiles = BACKENDS[backend].automatic and backend != "reference"
             if unavailable is None and (compiles or device == "cpu"):
-                found |= {id(check): (backend, check) for check in CHECKS.get(op.name, {}).values()}
+                found |= {id(check): (backend, check) for check in checks.get(op.name, {}).values()}
     return list(found.values())
 
 

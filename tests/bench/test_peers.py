@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from pathlib import Path
 
@@ -23,6 +25,12 @@ EFFORT = Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup=0)
 PLAN = Plan(
     lora_shapes=((64, 96),), lora_tokens=(33,), ranks=(4,), gpu_contenders=True, compiler="eager", effort=EFFORT
 )
+
+
+def never_done() -> None:
+    """What only a signal ends."""
+    while True:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("weight", ["dense", "nf4"])
@@ -75,7 +83,10 @@ def test_contenders_of_the_gpu_suite() -> None:
     assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
 
 
-def test_torch_compile_is_checked_and_timed() -> None:
+def test_torch_compile_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "ONE_S", math.inf)
+    monkeypatch.setattr(compiled, "_spent", 0.0)
+    monkeypatch.setattr(compiled, "ALL_S", math.inf)
     for comparison in GPU_SUITES["lora_compiled"](PLAN):
         rows = {row.contender: row for row in measure(comparison, CpuClock(), CEILINGS, EFFORT)}
         assert rows["torch.compile"].status == "ok", rows["torch.compile"].reason
@@ -83,8 +94,9 @@ def test_torch_compile_is_checked_and_timed() -> None:
 
 def test_a_compilation_that_fails_or_takes_long_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = next(GPU_SUITES["lora_compiled"](PLAN))
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: lambda *args: time.sleep(5))
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: lambda *args: never_done())
     monkeypatch.setattr(compiled, "ONE_S", 0.05)
+    monkeypatch.setattr(compiled, "_spent", 0.0)
     rows = {row.contender: row for row in measure(comparison, CpuClock(), CEILINGS, EFFORT)}
     assert rows["torch.compile"].status == "failed"
     assert "not done after 0.05 s" in rows["torch.compile"].reason
@@ -96,11 +108,14 @@ def test_a_compilation_that_fails_or_takes_long_is_a_row(monkeypatch: pytest.Mon
 
 
 def test_a_time_limit_is_lifted() -> None:
-    with time_limit(0.02):
-        pass
-    time.sleep(0.05)
+    before = signal.getsignal(signal.SIGALRM)
+    with time_limit(3600):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     with pytest.raises(TimeoutError), time_limit(0.02):
-        time.sleep(1)
+        never_done()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_a_broken_peer_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def step(p: nn.Parameter, optimizer: AdamW) -> None:
 
 def test_kill_9_at_random_moments() -> None:
     command = [sys.executable, "-m", "tests.optim.crash", "--rounds", "10"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"32 bits: 5 kills, [1-5] checkpoints loaded and right", done.stdout)
+    assert re.search(r"32 bits: 5 kills, 5 checkpoints loaded and right", done.stdout)
 
 
 @pytest.mark.parametrize("laid_out", [False, True])
