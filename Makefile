@@ -7,6 +7,9 @@ CSRC := $(wildcard csrc/include/*.h csrc/cpu/*)
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Tests on every core, each process with one thread and up to a GiB; who has no test left takes half of another's.
+WORKERS := --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench sweep faults triton native cuda sanitize clean
 
@@ -17,7 +20,7 @@ demo: $(VENV)/.train ## fine-tune a small language model with QLoRA, with a befo
 	$(BIN)/python -m lora_ops.trainer.demo $(ARGS)
 
 test: $(VENV)/.test lint ## lint, types and every test (15 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) --durations=20 $(ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -25,8 +25,9 @@ def _seed() -> None:
 
 def pytest_configure() -> None:
     # Tests run many tiny ops, where a second thread gains nothing and waits for its core on a busy machine; what
-    # depends on the number of threads sets it.
+    # depends on the number of threads sets it. `make test` has a process for each core.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 @pytest.fixture(params=["reference", "native"])
