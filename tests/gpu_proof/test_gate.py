@@ -18,7 +18,7 @@ from lora_ops.quant.nf4_codec import triton_impl
 from tests.gpu_proof import cuda_code, gate, machine_code, registry
 from tests.gpu_proof.mutant import mutant
 
-pytestmark = pytest.mark.skipif(interpreting(), reason="compiles, so not in the interpreter")
+pytestmark = pytest.mark.skipif(interpreting(), reason="it compiles: run without TRITON_INTERPRET")
 CHIPS = {chip.name: chip for chip in machine_code.CHIPS}
 
 

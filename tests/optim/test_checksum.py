@@ -21,7 +21,7 @@ def test_native_equals_numpy(isa: str, n: int) -> None:
     if reason := _native.unavailable_reason():
         pytest.skip(reason)
     if isa not in _native.supported_isas():
-        pytest.skip(f"this machine has no {isa}")
+        pytest.skip(f"this machine has no {isa}; run on one that has it")
     view = memoryview(random.Random(n).randbytes(n))
     with _native.force_isa(isa):
         assert checksum(view) == portable_checksum(view)

@@ -237,9 +237,9 @@ print(run(1 << 24, page_budget=budget, page_dir=folder + "/pages") if budget els
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux: reads VmHWM of /proc/self/status")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM of /proc/self/status: run on Linux")
 @pytest.mark.skipif(
-    not _native.available(), reason="the reference needs temporaries beside the pages: no native library"
+    not _native.available(), reason=f"the reference needs temporaries beside the pages: {_native.BUILD_HINT}"
 )
 @pytest.mark.parametrize(("bits", "states"), [(32, 128 << 20), (8, (32 << 20) * 65 // 64)])
 def test_resident_memory_keeps_the_budget(bits: int, states: int, tmp_path: Path) -> None:

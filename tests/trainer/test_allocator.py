@@ -34,6 +34,6 @@ def faults(*arguments: str) -> int:
     return int(run.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it tunes glibc's malloc: run on a Linux with glibc")
 def test_large_tensors_reuse_their_pages() -> None:
     assert faults("tuned") < 100 < 10_000 < faults()

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason='transformers is missing: pip install -e ".[test]"')
 
 import torch
 
