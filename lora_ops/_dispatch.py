@@ -212,6 +212,15 @@ def is_plain_call(*operands: Tensor | None) -> bool:
     return True
 
 
+def as_output(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """`t`, fresh and contiguous, in the shape that an op returns: `t` itself, never a view.
+
+    Of a custom function's output that is a view, autograd forbids the in-place changes that models make after their
+    linear layers.
+    """
+    return t.resize_(shape)  # the same number of elements: nothing moves
+
+
 OPS: dict[str, Op] = {}  # every op, by name
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_ops import _native
+from lora_ops._dispatch import as_output
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant.nf4 import NF4Tensor
@@ -61,11 +62,14 @@ def lora_linear(
     w = _weight(weight)
     # [M, K] @ [K, N] -> [M, N]
     y = x2.new_empty(x2.shape[0], b.shape[0]) if w else linear(x2, cast(Tensor, weight), bias)
-    s = torch.empty(x2.shape[0], a.shape[0], dtype=torch.float32)
-    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
     if x.dim() == 2:
+        s = torch.empty(x2.shape[0], a.shape[0], dtype=torch.float32)
+        _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
         return y, s
-    return y.view(*x.shape[:-1], b.shape[0]), s.view(*x.shape[:-1], a.shape[0])
+    lead = x.shape[:-1]
+    s = torch.empty(*lead, a.shape[0], dtype=torch.float32)
+    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
+    return as_output(y, (*lead, b.shape[0])), s
 
 
 def lora_linear_backward(
@@ -102,7 +106,9 @@ def lora_linear_backward(
         dlora_b=db,
         dbias=dbias,
     )
-    return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db, dbias
+    if dx is not None and dy.dim() != 2:
+        dx = as_output(dx, (*dy.shape[:-1], a.shape[1]))
+    return dx, da, db, dbias
 
 
 def declines(op: str, lead: Tensor, *args: Any) -> str | None:

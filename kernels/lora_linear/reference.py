@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_ops._dispatch import as_output
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec.reference import dequantize_nf4
@@ -62,7 +63,7 @@ def lora_linear(
         s[rows] = drop(x_rows, rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
         y_rows = x_rows @ w.T + scale * (s[rows] @ b.T)  # [rows, K] @ [K, N] + [rows, R] @ [R, N] -> [rows, N]
         y[rows] = y_rows if bias is None else y_rows + bias.to(acc)
-    return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
+    return as_output(y, (*x.shape[:-1], n)), as_output(s, (*x.shape[:-1], r))
 
 
 def lora_linear_backward(
@@ -121,7 +122,7 @@ def low_rank_backward(
         if dbias is not None:
             dbias += dy_rows.sum(0)
     return (
-        None if dx is None else dx.view(*dy.shape[:-1], k),
+        None if dx is None else as_output(dx, (*dy.shape[:-1], k)),
         None if da is None else da.to(lora_a.dtype),
         None if db is None else db.to(lora_b.dtype),
         None if dbias is None else dbias.to(dy.dtype),

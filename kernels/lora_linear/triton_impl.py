@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_ops._checks import dtype_name
+from lora_ops._dispatch import as_output
 from lora_ops._triton import HMMA, MMA, ODD_ROWS, Expect, GateCase
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
@@ -65,7 +66,7 @@ def lora_linear(
     factor = scale_argument(scale, x.device)
     s = reduce_rows(x2, _adapter(lora_a), Dropout.of(dropout_p, seed))
     y = _with_base(x2, weight, s, _adapter(lora_b).T, bias, factor, NO_DROPOUT, transposed=True)
-    return y.view(*x.shape[:-1], n), s.view(*x.shape[:-1], r)
+    return as_output(y, (*x.shape[:-1], n)), as_output(s, (*x.shape[:-1], r))
 
 
 def lora_linear_backward(
@@ -103,7 +104,7 @@ def lora_linear_backward(
         da, _ = reduce_columns(nf4.as_rows(x), t, dropout, factor, lora_a.dtype, rank_first=True)
     if needs_x and t is not None:
         dx = _with_base(dy2, weight, t, a, None, factor, dropout, transposed=False)
-        dx = dx.view(*dy.shape[:-1], a.shape[1])
+        dx = as_output(dx, (*dy.shape[:-1], a.shape[1]))
     return dx, da, db, dbias
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_ops._dispatch import as_output
+
 MIN_ABSMAX = 1e-38  # keeps the reciprocal of an all-zero block finite
 
 
@@ -67,14 +69,14 @@ def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tenso
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError("x: expected finite values, got inf or NaN")
     codes = torch.bucketize(v, dynamic_thresholds(signed).to(x.device), out_int32=True)
-    return codes.to(torch.uint8).view(x.shape), absmax
+    return as_output(codes.to(torch.uint8), x.shape), absmax
 
 
 def dequantize_blockwise8(codes: Tensor, absmax: Tensor, block_size: int, signed: bool) -> Tensor:
     """map[code] · absmax of its block, float32 of codes.shape."""
     block = torch.arange(codes.numel(), device=codes.device) // block_size
     values = dynamic_map(signed).to(codes.device)[codes.reshape(-1).int()]
-    return (values * absmax[block]).view(codes.shape)
+    return as_output(values * absmax[block], codes.shape)
 
 
 IMPLS: dict[str, Callable] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_ops import _cuda
 from lora_ops._checks import dtype_name
+from lora_ops._dispatch import as_output
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear.reference import as_matrix
@@ -46,7 +47,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
             _cuda.nf4_linear(weight, x2, bias, y)
     else:
         _cuda.nf4_linear(weight, x2, bias, y)
-    return y.view(*x.shape[:-1], q.shape[0])
+    return as_output(y, (*x.shape[:-1], q.shape[0]))
 
 
 def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ops import _native
+from lora_ops._dispatch import as_output
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec import native_impl as codec
 from lora_ops.quant.nf4_linear.reference import as_matrix
@@ -24,10 +25,13 @@ def _rows(x: Tensor) -> Tensor:
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     x2 = _rows(x)
-    y = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
-    weight = codec.weight_of(q)
-    _native.nf4_linear(weight, x2, None if bias is None else bias.contiguous(), y)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], q.shape[0])
+    if x.dim() == 2:
+        y = y2 = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
+    else:  # of its own shape from the start, and so no view: see as_output
+        y = torch.empty(*x.shape[:-1], q.shape[0], dtype=x.dtype)
+        y2 = y.view(x2.shape[0], q.shape[0])
+    _native.nf4_linear(codec.weight_of(q), x2, None if bias is None else bias.contiguous(), y2)
+    return y
 
 
 def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
@@ -35,7 +39,7 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     dy2 = _rows(dy)
     dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
     _native.nf4_linear_dx(codec.weight_of(q), dy2, dx)
-    return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], q.shape[1])
+    return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], q.shape[1]))
 
 
 def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_ops._dispatch import as_output
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec.reference import dequantize_nf4
 
@@ -40,7 +41,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     for rows in row_chunks(x2.shape[0], max(n, k)):
         y_rows = x2[rows].to(acc) @ w.T  # [rows, K] @ [K, N] -> [rows, N]
         y[rows] = y_rows if bias is None else y_rows + bias.to(acc)
-    return y.view(*x.shape[:-1], n)
+    return as_output(y, (*x.shape[:-1], n))
 
 
 def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     dx = dy.new_empty(dy2.shape[0], k)
     for rows in row_chunks(dy2.shape[0], max(n, k)):
         dx[rows] = (dy2[rows].to(acc) @ w).to(dy.dtype)  # [rows, N] @ [N, K] -> [rows, K]
-    return dx.view(*dy.shape[:-1], k)
+    return as_output(dx, (*dy.shape[:-1], k))
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ops._checks import dtype_name
+from lora_ops._dispatch import as_output
 from lora_ops._triton import HMMA, MMA, ODD_ROWS, Expect, GateCase, declines_device
 from lora_ops.quant.crossovers import crossovers
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor
@@ -29,12 +30,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     bias = None if bias is None else bias.contiguous()
-    return matmul(as_rows(x), q, transposed=True, bias=bias).view(*x.shape[:-1], q.shape[0])
+    return as_output(matmul(as_rows(x), q, transposed=True, bias=bias), (*x.shape[:-1], q.shape[0]))
 
 
 def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
-    return matmul(as_rows(dy), q, transposed=False).view(*dy.shape[:-1], q.shape[1])
+    return as_output(matmul(as_rows(dy), q, transposed=False), (*dy.shape[:-1], q.shape[1]))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -217,6 +217,16 @@ def test_rows_of_x_may_be_strided(emulated: Emulated) -> None:
     assert emulated.count("shared") == 64 * 1024
 
 
+def test_outputs_are_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they may be changed in place."""
+    monkeypatch.setattr(_cuda, "nf4_linear", lambda weight, x, bias, y: y.zero_())
+    x, q, _ = operands(LinearCase(m=6, n=20, k=128, dtype=torch.bfloat16))
+    for shape in ((6, 128), (2, 3, 128), (1, 2, 3, 128)):
+        y = cuda_impl.nf4_linear(x.view(shape), q, None)
+        assert y.shape == (*shape[:-1], 20)
+        assert not y._is_view()
+
+
 def test_packed_bytes_are_read_once(emulated: Emulated) -> None:
     n, k = 64, 1024
     x, q, _ = operands(LinearCase(m=1, n=n, k=k, dtype=torch.bfloat16))
