@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_ops._dispatch import as_output
 from lora_ops._triton import launch
 from lora_ops.kernels.philox import keep_scale, threshold
 from lora_ops.kernels.philox.triton_impl import keep_mask
@@ -333,7 +334,7 @@ def add_partials(
 ) -> Tensor:
     """scale · factor · Σ_z partial[z] in `dtype`; partial is float32 [Z, ...]."""
     if partial.shape[0] == 1 and dtype == torch.float32 and not isinstance(scale, Tensor) and scale * factor == 1.0:
-        return partial[0]
+        return as_output(partial, partial.shape[1:])
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     pointer = isinstance(scale, Tensor)
     launch(
