@@ -5,17 +5,17 @@ Imports peft: only `inject` imports this file, when called.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lora_ops.formats import bitsandbytes as layout
-from lora_ops.injection import peft_layers
+from lora_ops.injection import dense
 from lora_ops.nn import NF4Linear, is_conv1d
 
 if TYPE_CHECKING:
@@ -51,14 +51,26 @@ def convert_bases(model: PeftModel, quantize: str | None) -> None:
             _set_base(layer, NF4Linear.from_quantized(q, base.bias).train(base.training))
     if quantize != "nf4":
         return
-    todo = _quantizable(model)
-    numel = sum(linear.weight.numel() for _, _, linear in todo)
-    for name, owner, linear in tqdm(todo, desc="quantizing to NF4", disable=None if numel >= _PROGRESS_NUMEL else True):
-        quantized = _quantize(name, linear)
-        if hasattr(owner, "base_layer"):
-            _set_base(owner, quantized)
-        else:
-            setattr(owner, name.rpartition(".")[2], quantized)
+    root = model.get_base_model()
+    reasons = dense.dense_reasons(root)
+    todo = _quantizable(root, reasons)
+    numel = sum(linear.weight.numel() for _, linear, _ in todo)
+    made: dict[Any, NF4Linear] = {}  # layers that share a weight share it in NF4 too
+    for name, linear, places in tqdm(
+        todo, desc="quantizing to NF4", disable=None if numel >= _PROGRESS_NUMEL else True
+    ):
+        key = linear.weight, is_conv1d(linear)
+        quantized = _share(made[key], linear) if key in made else _quantize(name, linear)
+        made.setdefault(key, quantized)
+        for owner, attribute in places:
+            if attribute == "base_layer" and hasattr(owner, "get_base_layer"):
+                _set_base(owner, quantized)
+            else:
+                setattr(owner, attribute, quantized)
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True  # what models of transformers ask before they read a weight themselves
+    dense.tell(root, reasons)
 
 
 def _quantize(name: str, linear: nn.Module) -> NF4Linear:
@@ -68,34 +80,38 @@ def _quantize(name: str, linear: nn.Module) -> NF4Linear:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _quantizable(model: PeftModel) -> list[tuple[str, Any, Any]]:
-    """The dense linear layers that quantize="nf4" takes, with their names and the modules that hold them."""
+def _share(quantized: NF4Linear, linear: Any) -> NF4Linear:
+    """A layer over the Parameters of another's weight, with the bias of `linear`."""
+    layer = NF4Linear.from_quantized(quantized.quantized, linear.bias).train(linear.training)
+    for key, parameter in quantized._parameters.items():
+        if key != "bias":
+            layer._parameters[key] = parameter
+    return layer
 
-    root = model.get_base_model()
-    output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-    keep = {*(getattr(root, "_keep_in_fp32_modules", None) or ()),
-            *(getattr(root, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
-    holders = Counter(id(p) for m in root.modules() for p in m.parameters(recurse=False))
-    todo: list[tuple[str, Any, Any]] = []
-    inside = ""  # a LoRA layer or a module that is trained whole, whose parts are not for themselves
-    for name, module in root.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        owner = root.get_submodule(name.rpartition(".")[0])
-        linear: Any = module
-        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-            inside = name + "."
-            if isinstance(module, AuxiliaryTrainingWrapper) or peft_layers.why_not_fusable(module) is not None:
-                continue
-            owner, linear = module, module.get_base_layer()
-        elif type(module) is not nn.Linear and not is_conv1d(module):
-            continue
-        if isinstance(linear, NF4Linear) or output is module or output is linear or not name:
-            continue
-        # A weight that another module reads as well, such as a tied embedding, cannot become uint8.
-        if not keep.intersection(name.split(".")) and holders[id(linear.weight)] == 1:
-            todo.append((name, owner, linear))
-    return todo
+
+def _quantizable(root: nn.Module, reasons: Mapping[nn.Parameter, Any]) -> list[tuple[str, Any, list[tuple[Any, str]]]]:
+    """The dense linear layers that quantize="nf4" takes, with their names and the places where they stand."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    inside: set[nn.Module] = set()  # parts of adapters, and of modules that are trained whole
+    for module in root.modules():
+        for attribute, child in module._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((module, attribute))
+        if dense.is_trained_whole(module):
+            inside.update(module.modules())
+        for name in getattr(module, "adapter_layer_names", ()):
+            if isinstance(part := getattr(module, name, None), nn.Module):
+                inside.update(part.modules())
+    return [
+        (name.removesuffix(".base_layer"), module, places[module])
+        for name, module in root.named_modules()
+        if name
+        and (isinstance(module, nn.Linear) or is_conv1d(module))
+        and not isinstance(module, NF4Linear)
+        and module not in inside
+        and module._parameters.get("weight") is not None
+        and module.weight not in reasons
+    ]
 
 
 def _set_base(layer: Any, base: NF4Linear) -> None:

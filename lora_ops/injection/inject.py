@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,7 +24,7 @@ _DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "ta
 
 
 class InjectionError(RuntimeError):
-    """`inject(..., strict=True)` met layers that cannot be fused."""
+    """`inject(..., strict=True)` met layers that cannot be fused or quantized."""
 
 
 def inject(
@@ -52,11 +53,13 @@ def inject(
         lora_alpha: scale s = lora_alpha / r.
         lora_dropout: dropout probability of the low-rank branch, independent for each layer.
         target_modules: as in PEFT's LoraConfig: names, a regular expression, or "all-linear" for every linear layer but
-            the output embedding.
+            the output embedding and those whose weight the model's own code reads instead of calling the layer.
         quantize: "nf4" stores the weights of all linear layers in double-quantized NF4, targeted or not, except the
-            output embedding, modules that are trained whole, and those that the model wants in float32
-            (`_keep_in_fp32_modules`); None leaves them.
-        strict: raise if a targeted layer cannot be fused, before anything is quantized.
+            output embedding, modules that are trained whole, those that the model wants in float32
+            (`_keep_in_fp32_modules`) and those whose weight the model's own code reads; what stays dense is logged.
+            None leaves them.
+        strict: raise if a targeted layer cannot be fused or quantize="nf4" would leave dense what is neither embedding,
+            norm, bias nor convolution, and not trained whole or kept in float32: before anything is quantized.
         lora_config_kwargs: other fields of PEFT's LoraConfig.
 
     Returns:
@@ -71,7 +74,7 @@ def inject(
     _require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import convert, peft_layers
+    from lora_ops.injection import convert, peft_layers, reads
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -92,7 +95,7 @@ def inject(
             if merged := [name for name, layer in convert.lora_layers(model) if layer.merged]:
                 raise ValueError(f"quantize: {merged[0]} has merged adapters; unmerge them first")
         if strict:
-            _check_all_fusable(model, quantize)
+            _check_strictly(model, quantize)
     else:
         if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()):
             raise ValueError(
@@ -106,11 +109,12 @@ def inject(
         peft_model = peft.get_peft_model(model, config)
         if strict:
             try:
-                _check_all_fusable(peft_model, quantize)
+                _check_strictly(peft_model, quantize)
             except InjectionError:
                 peft_model.unload()
                 raise
         model = peft_model
+    reads.tell_adapted(model)
     convert.convert_bases(model, quantize)
     for module in model.modules():
         peft_layers.adopt(module)
@@ -163,6 +167,8 @@ def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, An
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
+    from lora_ops.injection import reads
+
     r, targets = options["r"], options["target_modules"]
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
@@ -171,8 +177,12 @@ def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, An
     if unknown := [name for name in others if name not in fields]:
         raise TypeError(f"{unknown[0]}: neither an argument of inject nor a field of PEFT's LoraConfig")
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    if isinstance(targets, str) and targets.lower() == "all-linear" and not isinstance(model, PreTrainedModel):
-        options = {**options, "target_modules": sorted(linears - {""})}  # PEFT has the shorthand for its models only
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        left_out = reads.leave_out(model, linears)
+        if not isinstance(model, PreTrainedModel):  # PEFT has the shorthand for transformers' models only
+            options = {**options, "target_modules": sorted(linears - left_out - {""})}
+        elif left_out:
+            others = {**others, "exclude_modules": _exclude(others.get("exclude_modules"), left_out)}
     # Conv1D holds (K, N); PEFT sets this itself, with a warning.
     defaults = {"fan_in_fan_out": any(is_conv1d(m) for m in model.modules()), "task_type": _task_type(model)}
     return LoraConfig(**{**defaults, **options, **others})
@@ -187,13 +197,36 @@ def _task_type(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def _check_all_fusable(model: PeftModel, quantize: str | None) -> None:
-    from lora_ops.injection import convert, peft_layers
+def _exclude(given: str | list[str] | None, names: set[str]) -> str | list[str]:
+    """PEFT's exclude_modules with these full names added."""
+    if isinstance(given, str):
+        return "|".join([f"(?:{given})", *map(re.escape, sorted(names))])
+    return [*(given or ()), *sorted(names)]
 
+
+def _check_strictly(model: PeftModel, quantize: str | None) -> None:
+    from lora_ops.injection import convert, dense, peft_layers, reads
+
+    root = model.get_base_model()
+    read = reads.weight_reads(root)
     reasons = []
     for name, layer in convert.lora_layers(model):
         convertible = convert.is_bnb_lora(layer) and not layer.merged
-        if not convertible and (reason := peft_layers.why_not_fused(layer)):
+        if layer in read and not read[layer].called:
+            reasons.append(f"{name}: {read[layer].reason}")
+        elif not convertible and (reason := peft_layers.why_not_fused(layer)):
             reasons.append(f"{name}: {reason}")
     if reasons:
         raise InjectionError("\n  ".join([f"strict: {len(reasons)} targeted layers cannot be fused:", *reasons]))
+    if quantize is None:
+        return
+    counted = dense.model_bytes(root, dense.dense_reasons(root))
+    if rows := [row for row in counted.dense if not row.by_design]:
+        raise InjectionError(
+            "\n  ".join(
+                [
+                    "strict: quantize='nf4' would leave dense, as shares of the unquantized model:",
+                    *(row.describe(counted.total) for row in rows),
+                ]
+            )
+        )

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
 from lora_ops._checks import autocasting, dtype_name
+from lora_ops.injection.linears import why_not_linear
 from lora_ops.nn import NF4Linear, add_to_nf4
 from lora_ops.quant.nf4 import NF4Tensor
 
@@ -41,8 +42,22 @@ def why_not_fusable(layer: nn.Module) -> str | None:
     if type(layer) not in (LoraLinear, LoraNF4Linear, lora.Linear):
         return f"lora_ops fuses PEFT's lora.Linear only, this is a {_qualname(layer)}"
     base = layer._modules["base_layer"]
-    if type(base) not in _BASES:
-        return f"base layer: expected nn.Linear, Conv1D or NF4Linear, got {_qualname(base)}"
+    if type(base) in _BASES or (type(layer) is not lora.Linear and type(base) in _alike):
+        return None
+    if isinstance(base, nn.Linear) and why_not_linear(base) is None:
+        _alike.add(type(base))
+        return None
+    return f"base layer: expected nn.Linear, Conv1D or NF4Linear, got {_qualname(base)}"
+
+
+def inactive_state(layer: LoraLayer) -> tuple[str, str] | None:
+    """The state in which a layer, fusable or not, has no adapter to run, and words for it; None in another state."""
+    if layer.disable_adapters:
+        return "disabled", _DISABLED
+    if layer.merged_adapters:
+        return "merged", _MERGED
+    if not any(name in layer.scaling for name in layer.active_adapters):
+        return "no active adapter", _NO_ADAPTER
     return None
 
 
@@ -60,14 +75,14 @@ def fused_parts(layer: LoraLayer) -> Parts | str:
     if reason := why_not_fusable(layer):
         return reason
     if layer.disable_adapters:
-        return "adapters are disabled: only the base layer runs"
+        return _DISABLED
     if layer.merged_adapters:
-        return "adapters are merged: only the base layer runs"
+        return _MERGED
     modules = layer._modules
     adapters = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in adapters]
     if len(active) != 1:
-        return f"{len(active)} active adapters: {', '.join(active)}" if active else "no active adapter"
+        return f"{len(active)} active adapters: {', '.join(active)}" if active else _NO_ADAPTER
     (name,) = active
     if name in layer.lora_variant:
         return f"adapter {name!r} is not plain LoRA: {type(layer.lora_variant[name]).__name__}"
@@ -76,7 +91,7 @@ def fused_parts(layer: LoraLayer) -> Parts | str:
     base, lora_a, lora_b = modules["base_layer"], adapters[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     for part, module, types in (
-        ("base layer", base, _BASES),
+        ("base layer", base, (*_BASES, *_alike)),
         ("lora_A", lora_a, _ADAPTERS),
         ("lora_B", lora_b, _ADAPTERS),
         ("lora_dropout", dropout, _DROPOUTS),
@@ -100,7 +115,11 @@ def fused_parts(layer: LoraLayer) -> Parts | str:
     return parts
 
 
+_DISABLED = "adapters are disabled: only the base layer runs"
+_MERGED = "adapters are merged: only the base layer runs"
+_NO_ADAPTER = "no active adapter"
 _BASES = (nn.Linear, Conv1D, NF4Linear)
+_alike: set[type] = set()  # subclasses of nn.Linear that were seen to compute what it does
 _ADAPTERS = (nn.Linear,)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _PLAIN = (nn.Parameter, Tensor)
@@ -134,6 +153,14 @@ def _why_not_this_call(parts: Parts, x: Tensor, args: tuple[Any, ...], kwargs: d
 
 
 _told: set[str] = set()
+traced = False  # whether torch.compile has traced a forward in this process; its later calls leave no mark
+_adopted = 0  # layers adopted in this process
+
+
+@torch.compiler.assume_constant_result
+def _note_traced() -> None:
+    global traced
+    traced = True
 
 
 @torch.compiler.assume_constant_result  # called while tracing, so that it breaks no graph
@@ -147,11 +174,18 @@ class LoraLinear(lora.Linear):
     """PEFT's LoRA layer over nn.Linear or Conv1D, on `lora_linear`."""
 
     unfused_call: str | None = None  # why the last call ran PEFT's math, if the layer's state does not tell
+    # In the count of layers adopted so far: when this one was, and when it was last called (0: never). A layer counts
+    # as never called once others of its model were called after it was there.
+    adopted = called = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            _note_traced()  # a mark on the layer would be guarded on, and everything compiled a second time
+        elif self.called != _adopted:
+            self.called = _adopted
         parts = fused_parts(self)
         if isinstance(parts, str):
-            if not self.disable_adapters and not self.merged:  # else there is no adapter to fuse
+            if parts not in (_DISABLED, _MERGED, _NO_ADAPTER):  # else there is nothing to fuse
                 _tell_once(parts)
             return super().forward(x, *args, **kwargs)
         reason = _why_not_this_call(parts, x, args, kwargs)
@@ -172,7 +206,7 @@ def _fused(parts: Parts, x: Tensor) -> Tensor:
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
     else:
-        weight = parts.weight if type(base) is nn.Linear else parts.weight.T
+        weight = parts.weight.T if type(base) is Conv1D else parts.weight
     dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     return functional.lora_linear(
         x, weight, parts.lora_a, parts.lora_b, scale=parts.scale, bias=bias, dropout_p=dropout_p
@@ -279,13 +313,17 @@ class LoraModel(lora.LoraModel):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if type(base) is NF4Linear and kwargs.get("parameter_name") is None:
             kwargs.pop("device_map", None)
-            return LoraNF4Linear(target, adapter_name, lora_config, **kwargs)
+            return adopt(LoraNF4Linear(target, adapter_name, lora_config, **kwargs))
         return adopt(lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
 
 def adopt(layer: nn.Module) -> nn.Module:
     """Make PEFT's layer one of ours where it can be, in place."""
+    global _adopted
     if why_not_fusable(layer) is None:
+        if not getattr(layer, "adopted", 0):
+            _adopted += 1
+            layer.adopted = _adopted  # type: ignore[assignment]
         layer.__class__ = LoraNF4Linear if isinstance(layer.base_layer, NF4Linear) else LoraLinear
     return layer
 
@@ -294,5 +332,5 @@ def abandon(layer: nn.Module) -> None:
     """Make a layer of ours PEFT's again, in place."""
     if isinstance(layer, LoraLinear):
         layer.__class__ = lora.Linear
-        for name in ("unfused_call", "_unmerged"):
+        for name in ("unfused_call", "adopted", "called", "_unmerged"):
             layer.__dict__.pop(name, None)

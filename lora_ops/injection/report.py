@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from lora_ops._checks import dtype_name
 from lora_ops._dispatch import OPS, BackendError
+from lora_ops.injection.dense import ModelBytes, model_bytes
+from lora_ops.injection.reads import weight_reads
 from lora_ops.nn import LoRALinear, NF4Linear, weight_of
 
 
@@ -24,6 +28,9 @@ class LayerReport:
         backend: which backend serves the op for one row of activations in the weight's dtype, "" if not fused.
         reason: why it is not fused, or why a preferred backend declines; "" if neither.
         weight_format: "dense bfloat16", "nf4", or the class of another library's weight.
+        state: "fused"; "unfused", PEFT's math runs; or why no adapter runs in the layer: "no active adapter",
+            "disabled", "merged", "weight read", the model's code reads the weight instead of calling the layer, or
+            "never called", though forwards of the model have called others.
     """
 
     name: str
@@ -32,24 +39,36 @@ class LayerReport:
     backend: str
     reason: str
     weight_format: str
+    state: str = "fused"
 
 
 class InjectionReport(list[LayerReport]):
-    """The rows of a model's report; `str()` is a table with a line of totals."""
+    """The rows of a model's report; `str()` is a table, with lines of totals.
+
+    Attributes:
+        weights: what the whole model takes, and what of it is dense and why.
+    """
+
+    def __init__(self, rows: Iterable[LayerReport] = (), weights: ModelBytes | None = None) -> None:
+        super().__init__(rows)
+        self.weights = weights or ModelBytes(0, 0, 0, ())
 
     @property
     def unfused(self) -> list[LayerReport]:
-        """The rows that are not fused."""
-        return [row for row in self if not row.fused]
+        """The rows in which PEFT's math runs."""
+        return [row for row in self if row.state == "unfused"]
 
     def __str__(self) -> str:
+        weights = f"weights {self.weights}"
         if not self:
-            return "no LoRA or NF4 layer in this model"
-        table = [("layer", "kind", "fused", "backend", "weight", "reason")]
-        table += [(r.name, r.kind, "yes" if r.fused else "no", r.backend, r.weight_format, r.reason) for r in self]
+            return f"no LoRA or NF4 layer in this model\n{weights}"
+        table = [("layer", "kind", "state", "backend", "weight", "reason")]
+        table += [(r.name, r.kind, r.state, r.backend, r.weight_format, r.reason) for r in self]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join([*lines, f"{len(self) - len(self.unfused)} of {len(self)} layers fused"])
+        states = Counter(row.state for row in self)
+        counts = [f"{states.pop('fused', 0)} of {len(self)} layers fused", *(f"{n} {s}" for s, n in states.items())]
+        return "\n".join([*lines, ", ".join(counts), weights])
 
 
 def injection_report(model: nn.Module) -> InjectionReport:
@@ -66,47 +85,83 @@ def injection_report(model: nn.Module) -> InjectionReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    report = InjectionReport()
-    inside = ""  # the layer whose parts are part of its row
+    rows: dict[nn.Module, LayerReport] = {}
+    inside = ""  # the layer whose parts are part of its row, but for adapters on them
     for name, module in model.named_modules():
-        if inside and name.startswith(inside):
+        if inside and name.startswith(inside) and not hasattr(module, "get_base_layer"):
             continue
         row = _row(name, module)
         if row is not None:
-            report.append(row)
+            rows[module] = row
             inside = name + "."
-    return report
+    _find_adapters_without_effect(model, rows)
+    return InjectionReport(rows.values(), model_bytes(model))
+
+
+def _find_adapters_without_effect(model: nn.Module, rows: dict[nn.Module, LayerReport]) -> None:
+    """Set the state of adapters that are active and that no forward of the model runs."""
+    active = {m: row for m, row in rows.items() if hasattr(m, "get_base_layer") and row.state in ("fused", "unfused")}
+    reads = weight_reads(model) if active else {}
+    last_call = max((getattr(m, "called", 0) for m in rows), default=0)
+    for module, row in active.items():
+        read = reads.get(module)
+        if read is not None and not read.called:
+            rows[module] = replace(row, fused=False, backend="", state="weight read", reason=read.reason)
+        elif getattr(module, "called", None) == 0 and last_call >= module.adopted and not _traced():  # type: ignore[operator]
+            reason = "forwards of the model call other layers, not this one"
+            rows[module] = replace(row, fused=False, backend="", state="never called", reason=reason)
+
+
+def _traced() -> bool:
+    from lora_ops.injection import peft_layers
+
+    return peft_layers.traced
 
 
 def _row(name: str, module: Any) -> LayerReport | None:
     if isinstance(module, NF4Linear):
-        return LayerReport(name, "NF4Linear", *_backend(module, None, None), "nf4")
+        return _served(name, "NF4Linear", _backend(module, None, None), "nf4")
     if isinstance(module, LoRALinear):
         base = module.base_layer
         served = _backend(base, module.lora_A.weight, module.lora_B.weight)
-        return LayerReport(name, "LoRALinear", *served, _weight_format(base))
+        return _served(name, "LoRALinear", served, _weight_format(module, base))
     # A model without PEFT's layers is reported without importing PEFT.
     if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
         return None
     from lora_ops.injection import peft_layers
 
     base = module.get_base_layer()
-    kind, weight_format = type(base).__name__, _weight_format(base)
+    kind, weight_format = type(base).__name__, _weight_format(module, base)
+    if (inactive := peft_layers.inactive_state(module)) is not None:
+        state, reason = inactive
+        return LayerReport(name, kind, False, "", reason, weight_format, state)
     parts = peft_layers.fused_parts(module)
     if isinstance(parts, str):
-        return LayerReport(name, kind, False, "", parts, weight_format)
-    if not isinstance(module, peft_layers.LoraLinear):
-        return LayerReport(name, kind, False, "", "PEFT's own layer: call lora_ops.inject(model)", weight_format)
-    if module.unfused_call is not None:
-        return LayerReport(name, kind, False, "", module.unfused_call, weight_format)
-    return LayerReport(name, kind, *_backend(base, parts.lora_a, parts.lora_b), weight_format)
+        reason = parts
+    elif not isinstance(module, peft_layers.LoraLinear):
+        reason = "PEFT's own layer: call lora_ops.inject(model)"
+    elif module.unfused_call is not None:
+        reason = module.unfused_call
+    else:
+        return _served(name, kind, _backend(base, parts.lora_a, parts.lora_b), weight_format)
+    return LayerReport(name, kind, False, "", reason, weight_format, "unfused")
 
 
-def _weight_format(base: nn.Module) -> str:
+def _served(name: str, kind: str, served: tuple[bool, str, str], weight_format: str) -> LayerReport:
+    return LayerReport(name, kind, *served, weight_format, "fused" if served[0] else "unfused")
+
+
+def _weight_format(layer: Any, base: nn.Module) -> str:
+    """Of the parameter that the adapter changes: PEFT's names it where it is not a layer's weight."""
     if isinstance(base, NF4Linear):
         return "nf4"
-    weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter:
+    weight = getattr(base, getattr(layer, "parameter_name", None) or "weight", None)
+    if weight is None:  # such as nn.MultiheadAttention
+        weight = next((p for p in base.parameters() if p.dim() > 1), None)
+    if weight is None:
+        return "none"
+    torchs_own = type(weight).__module__.partition(".")[0] == "torch"  # Parameter, Tensor, DTensor
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and torchs_own:
         return f"dense {dtype_name(weight.dtype)}"
     return type(weight).__name__
 
