@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import byref, c_char_p, c_int64
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,8 @@ SOURCE = ROOT / "csrc/cuda/nf4_linear.cu"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 LEAST_SHARED = 99 * 1024  # sm_89 and sm_120
 DTYPES = (torch.bfloat16, torch.float16)
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas",
+         *(f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda", "tests/gpu_proof")))  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler: install one, or set CXX")
 
@@ -43,13 +45,13 @@ class EmulatorError(RuntimeError):
 
 
 class Emulated:
-    """A build of the kernels for the host."""
+    """A build of the kernels for the host; `header` is a precompiled one with the same `optimize`."""
 
-    def __init__(self, source: Path, folder: Path, optimize: str) -> None:
+    def __init__(self, source: Path, folder: Path, optimize: str, header: Path | None = None) -> None:
         library = folder / f"{source.stem}.so"
-        flags = ["-std=c++17", optimize, "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
-        includes = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda", "tests/gpu_proof")]
-        subprocess.run([*COMPILER, *flags, *includes, "-x", "c++", str(source), "-o", str(library)], check=True)
+        include = [] if header is None else ["-include", str(header)]
+        build = [*COMPILER, *FLAGS, optimize, "-shared", *include, "-x", "c++", str(source), "-o", str(library)]
+        subprocess.run(build, check=True)
         self.lib = _cuda.open_library(library)
         self.lib.emulator_error.restype = c_char_p
         self.lib.emulator_count.restype = c_int64
@@ -310,13 +312,30 @@ ENTRY = "byte * kEntry + at % 2 * 64"
 Y = "(first_token + token) * p.n + first_row + row, round_to<T>(total)"
 
 
-def broken(folder: Path, old: str, new: str) -> Emulated:
-    """The kernels with `old` in their source replaced by `new`."""
-    text = SOURCE.read_text()
-    assert old in text, "change the mutant with the kernel"
-    changed = folder / "broken.cu"
-    changed.write_text(text.replace(old, new))
-    return Emulated(changed, folder, "-O0")
+Break = Callable[[str, str], Emulated]
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator and what it includes, compiled once for all that is broken: half of a build."""
+    path = tmp_path_factory.mktemp("header") / "precompiled.h"
+    path.write_text(f'#include "{ROOT / "tests/gpu_proof/emulator.h"}"\n')
+    subprocess.run([*COMPILER, *FLAGS, "-O0", "-x", "c++-header", str(path), "-o", f"{path}.gch"], check=True)
+    return path
+
+
+@pytest.fixture
+def broken(header: Path, tmp_path: Path) -> Break:
+    """`broken(old, new)`: the kernels with `old` in their source replaced by `new`."""
+
+    def build(old: str, new: str) -> Emulated:
+        text = SOURCE.read_text()
+        assert old in text, "change the mutant with the kernel"
+        changed = tmp_path / "broken.cu"
+        changed.write_text(text.replace(old, new))
+        return Emulated(changed, tmp_path, "-O0", header)
+
+    return build
 
 
 @pytest.mark.parametrize(
@@ -337,9 +356,9 @@ def broken(folder: Path, old: str, new: str) -> Emulated:
     ids=["nibbles", "exchange", "scale of row g", "steps twice", "last half step", "rows beyond W", "store mask",
          "no barrier for the table", "no barrier for the sums", "lanes diverge", "alignment"],
 )  # fmt: skip
-def test_broken(tmp_path: Path, change: tuple[str, str], found: str) -> None:
+def test_broken(broken: Break, change: tuple[str, str], found: str) -> None:
     with pytest.raises((AssertionError, EmulatorError), match=found):
-        assert_y_right(broken(tmp_path, *change), LinearCase(m=3, n=33, k=448, dtype=torch.bfloat16))
+        assert_y_right(broken(*change), LinearCase(m=3, n=33, k=448, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -350,22 +369,22 @@ def test_broken(tmp_path: Path, change: tuple[str, str], found: str) -> None:
     ],
     ids=["descending", "begins with its own"],
 )
-def test_broken_order(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_broken_order(broken: Break, change: tuple[str, str]) -> None:
     with pytest.raises(AssertionError, match="wrong order"):
-        assert_sums_in_order(broken(tmp_path, *change))
+        assert_sums_in_order(broken(*change))
 
 
-def test_broken_grid(tmp_path: Path) -> None:
+def test_broken_grid(broken: Break) -> None:
     """Rows of the last block of 16 tiles left out."""
-    kernels = broken(tmp_path, "blocks_of(tiles, warps >> shift)", "std::max<int64_t>(1, tiles / (warps >> shift))")
+    kernels = broken("blocks_of(tiles, warps >> shift)", "std::max<int64_t>(1, tiles / (warps >> shift))")
     with pytest.raises(AssertionError, match="wrong"):
         assert_y_right(kernels, LinearCase(m=3, n=530, k=64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [("1.18878173828125f", DTYPES[0]), ("1.63848876953125f", DTYPES[1])])
-def test_broken_rounding_of_codes(tmp_path: Path, scale: str, dtype: torch.dtype) -> None:
+def test_broken_rounding_of_codes(broken: Break, scale: str, dtype: torch.dtype) -> None:
     with pytest.raises(AssertionError, match="rounded badly"):
-        assert_codes_exact_where_rounding_is(broken(tmp_path, scale, "1.0f"), dtype)
+        assert_codes_exact_where_rounding_is(broken(scale, "1.0f"), dtype)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +392,9 @@ def test_broken_rounding_of_codes(tmp_path: Path, scale: str, dtype: torch.dtype
     [("p.k - kBlock) >> p.block_shift", "p.k - kBlock) >> 6"), ("(p.k >> p.block_shift)", "(p.k >> 6)")],
     ids=["block of a column", "first block of a row"],
 )
-def test_broken_blocks_of_several_steps(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_broken_blocks_of_several_steps(broken: Break, change: tuple[str, str]) -> None:
     with pytest.raises((AssertionError, EmulatorError), match=r"wrong|out of bounds"):
-        test_blocks_of_several_steps(broken(tmp_path, *change), 128, double_quant=False)
+        test_blocks_of_several_steps(broken(*change), 128, double_quant=False)
 
 
 def as_int(text: str) -> tuple[str, str]:
@@ -397,9 +416,9 @@ def as_int(text: str) -> tuple[str, str]:
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_int32_addresses(tmp_path: Path, change: tuple[str, str], huge: str) -> None:
+def test_int32_addresses(broken: Break, change: tuple[str, str], huge: str) -> None:
     with pytest.raises(EmulatorError, match="out of bounds"):
-        run_virtually(broken(tmp_path, *change), *HUGE[huge])
+        run_virtually(broken(*change), *HUGE[huge])
 
 
 # The backend.
