@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ class SFTArguments:
     model_name_or_path: str = field(metadata={"help": "a local folder or a Hub name; weights must be safetensors"})
     dataset: str = field(
         metadata={
-            "help": "a .json, .jsonl, .csv or .parquet file, or a Hub name; columns: prompt + completion, messages, "
-            "text, or instruction (+ input) + output"
+            "help": "a .json, .jsonl, .csv (each also .gz, .bz2 or .xz) or .parquet file, a folder of save_to_disk, or "
+            "a Hub name; columns: prompt + completion, messages, text, or instruction (+ input) + output; with "
+            "messages also tools and chat_template_kwargs"
         }
     )
     output_dir: str = field(metadata={"help": "where the adapter (PEFT format) and checkpoints go"})
@@ -41,7 +42,7 @@ class SFTArguments:
     lr_scheduler_type: str = _help("transformers' schedule", "cosine")
     warmup_steps: int = _help("steps of linear warm-up", 0)
     weight_decay: float = _help("AdamW's weight decay", 0.0)
-    max_grad_norm: float = _help("gradients are clipped to this norm", 1.0)
+    max_grad_norm: float = _help("gradients are clipped to this norm; 0 leaves them", 1.0)
     optim: str = _help(
         "transformers' optimizer name; adamw_8bit, adamw_bnb_8bit, paged_adamw_32bit and paged_adamw_8bit are "
         "lora_ops.optim.AdamW, on any device and without bitsandbytes",
@@ -62,8 +63,16 @@ class SFTArguments:
     max_steps: int = _help("optimizer steps; -1 goes by num_train_epochs", -1)
     per_device_train_batch_size: int = _help("sequences a step and device", 8)
     gradient_accumulation_steps: int = _help("batches a step", 1)
-    max_length: int = _help("longer sequences are cut to this many tokens", 1024)
+    max_length: int | None = _help(
+        "longer sequences are cut to this many tokens; if not given, 1024 or the model's positions if they are fewer",
+        None,
+    )
     packing: bool = _help("fill sequences with several examples", False)
+    assistant_only_loss: bool = _help(
+        "train on the assistant's turns alone, by the {% generation %} marks of the chat template; else messages train "
+        "on every token, also the user's turns, and prompt + completion on the completion alone",
+        False,
+    )
 
     # TRL turns both on by default; here they are off until asked for.
     bf16: bool = _help("load and compute in bfloat16", False)
@@ -73,9 +82,10 @@ class SFTArguments:
     seed: int = _help("seed of adapters, order and dropout", 0)
     logging_steps: int = _help("steps between log lines", 10)
     save_steps: int = _help("steps between checkpoints; 0 saves only the final adapter", 0)
-    resume_from_checkpoint: str | None = _help("a checkpoint folder, or 'last' for output_dir's newest", None)
+    resume_from_checkpoint: str | None = _help("a checkpoint folder, or 'last' for output_dir's newest whole one", None)
     report_to: str = _help("transformers' reporting integrations", "none")
     disable_tqdm: bool = _help("no progress bars", False)
+    traceback: bool = _help("show where an error was raised, not only what it says", False)
 
     def __post_init__(self) -> None:
         if self.quantize not in ("nf4", "none"):
@@ -85,21 +95,31 @@ class SFTArguments:
         for name in ("page_dir", "host_budget"):
             if getattr(self, name) is not None and not self.pages():
                 raise ValueError(f"{name}: expected together with page_budget or a paged optim")
-        sizes = "lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps max_length logging_steps"
-        for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
-        if self.save_steps < 0:
-            raise ValueError(f"save_steps: expected 0 or more, got {self.save_steps}")
+        self._check_numbers()
+        for name in ("dataset", "output_dir", "target_modules"):
+            if not getattr(self, name).strip(" ,"):
+                raise ValueError(f"{name}: expected a name, got {getattr(self, name)!r}")
         path = Path(self.model_name_or_path)
         if (path.is_absolute() or self.model_name_or_path.startswith(".")) and not path.is_dir():
             raise ValueError(f"model_name_or_path: there is no folder {self.model_name_or_path}")
+
+    def _check_numbers(self) -> None:
+        sizes = "lora_r lora_alpha per_device_train_batch_size gradient_accumulation_steps max_length logging_steps"
+        for name in sizes.split():
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        for name in ("learning_rate", "num_train_epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps: expected a positive number or -1, got {self.max_steps}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a number in [0, 2^32), got {self.seed}")
 
     def pages(self) -> bool:
         """Tell whether the optimizer's states are paged."""
@@ -114,20 +134,3 @@ class SFTArguments:
         if self.target_modules == "all-linear":
             return self.target_modules
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
-
-    def checkpoint(self) -> str | bool | None:
-        """Give `resume_from_checkpoint` as the Trainer takes it.
-
-        Returns:
-            None, True for the newest in `output_dir`, or a folder.
-
-        Raises:
-            ValueError: if the folder does not exist.
-        """
-        if self.resume_from_checkpoint in (None, ""):
-            return None
-        if self.resume_from_checkpoint == "last":
-            return True
-        if not os.path.isdir(str(self.resume_from_checkpoint)):
-            raise ValueError(f"resume_from_checkpoint: there is no folder {self.resume_from_checkpoint}")
-        return self.resume_from_checkpoint

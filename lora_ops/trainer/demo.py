@@ -18,6 +18,7 @@ from lora_ops.trainer._files import write_json
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
 from lora_ops.trainer.base_model import DEMO_MODEL
 from lora_ops.trainer.data import instruction_dataset, instruction_items
+from lora_ops.trainer.divergence import DivergedError
 from lora_ops.trainer.stdlib import library_files
 
 HELDOUT_ITEMS = 240
@@ -110,7 +111,7 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     from lora_ops.trainer.progress import progress_bar
 
     _say(1, "Building questions from the running Python's standard library (parsed, never imported)")
-    train_data = instruction_dataset("train")
+    train_data = instruction_dataset("train").select_columns(["prompt", "completion"])
     items = instruction_items("heldout", max_items=HELDOUT_ITEMS)
     modules = len({item["module"] for item in items})
     print(f"  {len(train_data):,} questions to train on; {len(items)} held out, from {modules} other modules")
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--max_steps: expected at least 1, got {args.max_steps}")
     try:
         result = run(args.output_dir, max_steps=args.max_steps, seed=args.seed)
-    except (ImportError, FileNotFoundError) as error:
+    except (ImportError, FileNotFoundError, DivergedError) as error:
         parser.exit(2, f"error: {error}\n")
     if result["heldout"]["losses"]["all"]["interval"]["high"] < 0:
         return 0

@@ -14,6 +14,7 @@ from lora_ops.trainer._files import write_json
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
 from lora_ops.trainer.base_model import DEMO_MODEL
 from lora_ops.trainer.data import instruction_dataset, instruction_items
+from lora_ops.trainer.divergence import DivergedError
 
 HELDOUT_ITEMS = 120
 
@@ -39,7 +40,7 @@ def run(output_dir: Path, *, max_steps: int, page_budget: str, seed: int, batch_
     from lora_ops.trainer.evaluate import item_losses
     from lora_ops.trainer.progress import progress_bar
 
-    data = instruction_dataset("train")
+    data = instruction_dataset("train").select_columns(["prompt", "completion"])
     items = instruction_items("heldout", max_items=HELDOUT_ITEMS)
     result: dict[str, Any] = {"steps": max_steps, "page_budget": page_budget, "seed": seed, "runs": {}}
     for bits in (32, 8):
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = run(args.output_dir, max_steps=args.max_steps, page_budget=args.page_budget, seed=args.seed)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, FileNotFoundError, ValueError, DivergedError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"\n  held-out loss before {result['heldout_before']:.3f}")
     for bits, trained in result["runs"].items():

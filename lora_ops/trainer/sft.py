@@ -5,15 +5,26 @@ python -m lora_ops.trainer.sft --model_name_or_path ./model --dataset data.jsonl
 
 from __future__ import annotations
 
-import time
+import os
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ops.trainer._files import replacing_files_in
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
+from lora_ops.trainer._say import is_first_process, one_line
 from lora_ops.trainer.arguments import SFTArguments
+from lora_ops.trainer.checkpoints import WholeCheckpoints, resume_folder
+from lora_ops.trainer.choices import check_choices, nearest
+from lora_ops.trainer.dataset import load_dataset
+from lora_ops.trainer.divergence import DivergedError, StopWhenDiverged
+from lora_ops.trainer.figures import RunFigures
+from lora_ops.trainer.lengths import CutRows, max_length_for
+from lora_ops.trainer.packing import require_isolation
+from lora_ops.trainer.rows import to_trl_format
+from lora_ops.trainer.templates import check_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,13 +32,13 @@ if TYPE_CHECKING:
 
     from lora_ops.optim import PagingStats
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_FORMATS = ({"prompt", "completion"}, {"messages"}, {"text"})
-
 
 @dataclass(frozen=True)
 class SFTResult:
-    """What a training run gave: where the adapter stands, the figures, and the trained model."""
+    """What a training run gave: where the adapter stands, the figures of this run alone, and the trained model.
+
+    After a resume `global_step` and `log_history` count from the first run on; the loss, tokens and seconds do not.
+    """
 
     output_dir: str
     global_step: int
@@ -41,54 +52,7 @@ class SFTResult:
     @property
     def tokens_per_second(self) -> float:
         """Trained tokens, padding not counted, by the wall clock of the training loop."""
-        return self.tokens / self.seconds
-
-
-def load_dataset(dataset: str, split: str = "train") -> Dataset:
-    """Load a training set from a file or from the Hub and bring it into a format that TRL knows.
-
-    Args:
-        dataset: a .json, .jsonl, .csv or .parquet file, or a Hub name.
-        split: which split of it.
-
-    Returns:
-        The dataset, with the columns prompt and completion, or messages, or text.
-
-    Raises:
-        ValueError: if the file is missing or of another kind, or the columns are none of those.
-        ImportError: if `datasets` is not installed.
-    """
-    require("datasets")
-    import datasets
-
-    path = Path(dataset)
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise ValueError(f"dataset: there is no file {dataset}")
-        loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split)
-    elif path.is_file():
-        raise ValueError(f"dataset: expected a file ending in {', '.join(_READERS)}, got {path.name}")
-    else:
-        loaded = datasets.load_dataset(dataset, split=split)
-    return _trl_format(loaded)
-
-
-def _trl_format(dataset: Dataset) -> Dataset:
-    columns = set(dataset.column_names)
-    for wanted in _FORMATS:
-        if wanted <= columns:
-            return dataset.select_columns(sorted(wanted))
-    if {"instruction", "output"} <= columns:
-        return dataset.map(_from_instruction, remove_columns=dataset.column_names)
-    raise ValueError(
-        "dataset: expected the columns prompt + completion, messages, text, or instruction (+ input) + output; "
-        f"got {', '.join(sorted(columns)) or 'none'}"
-    )
-
-
-def _from_instruction(row: dict[str, Any]) -> dict[str, str]:
-    parts = [row["instruction"], row.get("input") or ""]
-    return {"prompt": "\n".join(part for part in parts if part) + "\n", "completion": row["output"]}
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def load_model(args: SFTArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,11 +74,16 @@ def load_model(args: SFTArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
     import lora_ops
 
     set_seed(args.seed)  # the adapters' random half
+    name = args.model_name_or_path
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a dozen kinds, by what the folder or the Hub lacks
+        raise ValueError(
+            f"model_name_or_path: cannot load {name!r} as a causal language model with its tokenizer "
+            f"({one_line(error)}); name a folder with config.json, safetensors weights and a tokenizer, or a Hub model"
+        ) from error
     if not args.full:
         model = lora_ops.inject(
             model,
@@ -124,11 +93,12 @@ def load_model(args: SFTArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
             target_modules=args.targets(),
             quantize=None if args.quantize == "none" else args.quantize,
         )
-    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
     return model.to(device).eval(), tokenizer
 
 
-def _trl_config(args: SFTArguments) -> Any:
+def _trl_config(args: SFTArguments, max_length: int) -> Any:
     import torch
     from trl import SFTConfig
 
@@ -144,8 +114,9 @@ def _trl_config(args: SFTArguments) -> Any:
         max_steps=args.max_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_length=args.max_length,
+        max_length=max_length,
         packing=args.packing,
+        assistant_only_loss=args.assistant_only_loss,
         bf16=args.bf16,
         gradient_checkpointing=args.gradient_checkpointing,
         use_cpu=args.use_cpu,
@@ -154,6 +125,7 @@ def _trl_config(args: SFTArguments) -> Any:
         logging_steps=args.logging_steps,
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
+        logging_nan_inf_filter=False,  # which logs 0 for NaN; `StopWhenDiverged` looks at each loss
         include_num_input_tokens_seen="non_padding",
         report_to=args.report_to,
         disable_tqdm=args.disable_tqdm,
@@ -199,52 +171,98 @@ def train(
         model.safetensors and the tokenizer.
 
     Raises:
-        ValueError: if only one of `model` and `tokenizer` is given, or the dataset cannot be used.
+        ValueError: if only one of `model` and `tokenizer` is given, or what `args` names cannot be used.
+        DivergedError: if the loss, a gradient or a weight is no longer finite; nothing of the run is saved then.
         ImportError: if a package of the `train` extra is missing.
     """
     require(*TRAIN_PACKAGES)
     if (model is None) != (tokenizer is None):
         raise ValueError("model: expected together with tokenizer, got one of the two")
+    check_choices(args)
+    checkpoint = resume_folder(args)
+    data = load_dataset(args.dataset, args.dataset_split) if train_dataset is None else to_trl_format(train_dataset)
+    if model is None:
+        model, tokenizer = load_model(args)
+    check_template(tokenizer, data, assistant_only=args.assistant_only_loss)
+    trainer = _trainer(args, model, tokenizer, data, callbacks, progress)
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        figures = trainer.figures()
+        trainer.require_finite_state()
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        paging = optimizer.paging_stats() if args.pages() else None
+    finally:
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        if _optimizer(args) is not None and optimizer is not None:
+            optimizer.close()  # its page_dir is free for the next run
+    _save(trainer, args)
+    return SFTResult(
+        output_dir=args.output_dir,
+        global_step=output.global_step,
+        train_loss=figures.loss,
+        tokens=figures.tokens,
+        seconds=figures.seconds,
+        log_history=trainer.state.log_history,
+        model=model,
+        paging=paging,
+    )
+
+
+def _trainer(
+    args: SFTArguments, model: Any, tokenizer: Any, data: Dataset, callbacks: Sequence[Any], progress: Any
+) -> Any:
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    data = load_dataset(args.dataset, args.dataset_split) if train_dataset is None else _trl_format(train_dataset)
-    if model is None:
-        model, tokenizer = load_model(args)
-    trainer = SFTTrainer(
+    class Trainer(StopWhenDiverged, WholeCheckpoints, RunFigures, CutRows, SFTTrainer):
+        """TRL's trainer, with what must not be silent."""
+
+    trainer = Trainer(
         model=model,
-        args=_trl_config(args),
+        args=_trl_config(args, max_length_for(model, args.max_length)),
         train_dataset=data,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=_optimizer(args),
     )
+    if args.packing:
+        require_isolation(trainer)
     if progress is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(progress)
-    start = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=args.checkpoint())
-    seconds = time.perf_counter() - start
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-    paging = optimizer.paging_stats() if args.pages() else None
-    if _optimizer(args) is not None:
-        optimizer.close()  # its page_dir is free for the next run
-    # Not trainer.save_model: it adds a pickled training_args.bin.
-    with replacing_files_in(args.output_dir) as folder:
-        model.save_pretrained(str(folder), safe_serialization=True)
-        if args.full:
-            trainer.processing_class.save_pretrained(str(folder))
-    return SFTResult(
-        output_dir=args.output_dir,
-        global_step=output.global_step,
-        train_loss=output.training_loss,
-        tokens=trainer.state.num_input_tokens_seen,
-        seconds=seconds,
-        log_history=trainer.state.log_history,
-        model=model,
-        paging=paging,
+    return trainer
+
+
+def _save(trainer: Any, args: SFTArguments) -> None:
+    """Write the adapter or the model, by one process; the others wait. Without trainer.save_model's pickled file."""
+    if trainer.is_world_process_zero():
+        with replacing_files_in(args.output_dir) as folder:
+            trainer.model.save_pretrained(str(folder), safe_serialization=True)
+            if args.full:
+                trainer.processing_class.save_pretrained(str(folder))
+    trainer.accelerator.wait_for_everyone()
+
+
+def _parse(argv: list[str] | None) -> SFTArguments:
+    """Read the command line: each name in full, and an error in one line."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            self.exit(2, f"error: {message}\n")
+
+    parser = Parser([SFTArguments], prog="python -m lora_ops.trainer.sft", description=__doc__, allow_abbrev=False)
+    args, unknown = parser.parse_args_into_dataclasses(
+        args=argv, return_remaining_strings=True, look_for_args_file=False
     )
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [
+            option for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
+        ]
+        raise ValueError(f"{name}: unknown argument; {nearest(name, known)}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,22 +273,31 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status.
-    """
-    require(*TRAIN_PACKAGES)
-    from transformers import HfArgumentParser
 
-    parser = HfArgumentParser([SFTArguments], prog="python -m lora_ops.trainer.sft", description=__doc__)
+    Raises:
+        SystemExit: with 2 if what was given cannot be used or the run diverged, with 1 for an error of another kind;
+            one line says what is wrong, and --traceback where.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        (args,) = parser.parse_args_into_dataclasses(args=argv)
+        require(*TRAIN_PACKAGES)
+        args = _parse(argv)
         result = train(args)
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
-    if result.paging:
-        print(result.paging)
-    print(
-        f"{result.global_step} steps, mean loss {result.train_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s; "
-        f"{'model' if args.full else 'adapter'} in {result.output_dir}"
-    )
+    except Exception as error:
+        if any(option.startswith("--traceback") for option in arguments):
+            traceback.print_exc()
+        expected = isinstance(error, ValueError | ImportError | DivergedError)
+        what = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else " (--traceback shows where)"
+        print(f"error: {what}{one_line(error)}{hint}", file=sys.stderr)
+        raise SystemExit(2 if expected else 1) from None
+    if is_first_process():
+        if result.paging:
+            print(result.paging)
+        print(
+            f"{result.global_step} steps, mean loss {result.train_loss:.4f}, {result.tokens_per_second:,.0f} tokens/s; "
+            f"{'model' if args.full else 'adapter'} in {result.output_dir}"
+        )
     return 0
 
 
