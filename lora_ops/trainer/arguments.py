@@ -69,7 +69,7 @@ class SFTArguments:
     )
     packing: bool = _help("fill sequences with several examples", False)
     assistant_only_loss: bool = _help(
-        "train on the assistant's turns alone, by the {% generation %} marks of the chat template; else messages train "
+        "train on the assistant's turns alone, by the generation marks of the chat template; else messages train "
         "on every token, also the user's turns, and prompt + completion on the completion alone",
         False,
     )

@@ -8,7 +8,9 @@ import csv
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +83,37 @@ def _from_file(path: Path, kind: str, opener: Callable[..., Any], split: str) ->
             _check_text(path, opener)
         if kind == "csv":
             options = _csv_options(path, opener)
-        return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
-    except EOFError as error:
-        raise ValueError(f"dataset: {path} is cut off; write it again") from error
+        with _without_log_lines():
+            return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"dataset: cannot unpack {path}: {one_line(error)}; write it again") from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         if str(error).startswith("dataset"):
             raise
-        if "split" in str(error):
+        if _is_about_split(error):
             raise ValueError(f"dataset_split: {one_line(error)}") from error
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"dataset: expected at least one row, got none in {path}") from error
         place = {"json": _bad_json, "csv": _bad_csv}.get(kind, lambda *_: None)(path, opener)
         cause = place or one_line(error.__cause__ or error)
-        raise ValueError(
-            f"dataset: {path} is no whole {path.suffixes[0].lower()} file: {cause}; write it again"
-        ) from error
+        raise ValueError(f"dataset: cannot read {path}: {cause}; mend it or write it again") from error
+
+
+def _is_about_split(error: Exception) -> bool:
+    return str(error).startswith(("Unknown split", "Bad split", "Unrecognized instruction"))
+
+
+@contextmanager
+def _without_log_lines() -> Iterator[None]:
+    """datasets logs what it raises: said twice, and without the line's number."""
+    from datasets.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _check_text(path: Path, opener: Callable[..., Any]) -> None:
@@ -139,18 +159,18 @@ def _csv_options(path: Path, opener: Callable[..., Any]) -> dict[str, Any]:
 
 def _bad_json(path: Path, opener: Callable[..., Any]) -> str | None:
     with opener(path, "rt", encoding="utf-8-sig") as file:
-        number, line = next((n, line) for n, line in enumerate(file, 1) if line.strip())
+        whole = next(line for line in file if line.strip()).lstrip().startswith("[")
+        file.seek(0)
+        number = 0
         try:
-            if line.lstrip().startswith("["):
-                file.seek(0)
-                number = 0
+            if whole:
                 json.load(file)
-            while line:
+            for line in file:
+                number += 1
                 if line.strip():
-                    json.loads(line)
-                number, line = number + 1, file.readline()
+                    json.loads(line.strip())
         except json.JSONDecodeError as error:
-            return f"line {number + error.lineno - (number > 0)}: {error.msg}"
+            return f"line {number or error.lineno}: {error.msg}"
     return None
 
 
@@ -182,7 +202,7 @@ def _from_folder_or_hub(path: Path, name: str, split: str) -> Dataset:
     except ValueError as error:
         if str(error).startswith("dataset_split"):
             raise
-        argument = "dataset_split" if "split" in str(error) else "dataset"
+        argument = "dataset_split" if _is_about_split(error) else "dataset"
         raise ValueError(f"{argument}: {one_line(error)}") from error
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(

@@ -20,9 +20,10 @@ class StopWhenDiverged(_Trainer):
     """A mixin for transformers' Trainer: raises DivergedError where the Trainer would log 0 and go on.
 
     transformers leaves NaN and infinity out of the logged loss, so a diverged run looks like a perfect one. Looked at
-    are the loss of each batch, the gradients' norm before each update, and before each save the trained weights and
-    the loss that they give on the last batch, because the last update can be the one that goes wrong. All processes
-    of a distributed run see the same values, so all of them stop at the same step.
+    are the loss of each batch and the gradients' norm before each update. The last update before a save can be the
+    one that goes wrong, so before each save the trained weights are looked at, and the loss and gradients that they
+    give on the last batch, which takes as long as a step. All processes of a distributed run see the same values, so
+    all of them stop at the same step.
     """
 
     _last_batch: tuple[dict[str, Any], Any] | None = None
@@ -50,7 +51,8 @@ class StopWhenDiverged(_Trainer):
         """Check what is about to be saved.
 
         Raises:
-            DivergedError: if a trained weight, or the loss on the last batch with these weights, is not finite.
+            DivergedError: if a trained weight, or the loss or gradients on the last batch with these weights, are not
+                finite.
         """
         step = self.state.global_step
         finite = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
@@ -63,10 +65,15 @@ class StopWhenDiverged(_Trainer):
         model = self.model_wrapped
         training = model.training
         model.eval()  # draws no dropout mask, so the checks leave the run's random numbers alone
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=count)
-        model.train(training)
         self._require_finite(loss, "the loss is", step, "after")
+        if not self.is_deepspeed_enabled:  # whose backward belongs to an update
+            loss.backward()
+            norm = super()._get_grad_norm(model)
+            model.zero_grad()
+            self._require_finite(torch.as_tensor(norm), "the gradients' norm is", step, "after")
+        model.train(training)
 
     def _require_finite(self, value: torch.Tensor, what: str, step: int, when: str = "at") -> None:
         value = value.detach()

@@ -12,12 +12,12 @@ _ROW, _TRIES = 12, 3
 
 
 def require_isolation(trainer: Any) -> None:
-    """Check that the loss of a packed row does not depend on the row before it.
+    """Check that what a model says to a packed row does not depend on the row before it.
 
     TRL marks the rows of a pack by position_ids that begin anew. Models whose attention goes by them keep the rows
-    apart; others (OPT, Bloom, MPT, most state-space models) run on from one row into the next. So rows of random
-    tokens are run through the trainer's own collator and loss, in evaluation mode, with another row before them each
-    time; how much that may matter is told by the same tokens as one unbroken row.
+    apart; others (OPT, Bloom, MPT, most state-space models) run on from one row into the next. So a row of random
+    tokens is run through the model as the trainer's own collator packs it, in evaluation mode, with another row before
+    it each time; how much that may matter is told by the same tokens as one unbroken row.
 
     Args:
         trainer: TRL's SFTTrainer with packing on.
@@ -34,7 +34,7 @@ def require_isolation(trainer: Any) -> None:
     model.eval()
     try:
         packed, whole = (
-            [_loss(trainer, before, rows[-1], lengths) for before in rows[:-1]]
+            [_logits(trainer, before, rows[-1], lengths) for before in rows[:-1]]
             for lengths in ([length, length], [2 * length])
         )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -43,24 +43,21 @@ def require_isolation(trainer: Any) -> None:
         ) from error
     finally:
         model.train(training)
-    leak, possible = (sum(abs(loss - losses[0]) for loss in losses[1:]) for losses in (packed, whole))
-    rounding = torch.finfo(next(model.parameters()).dtype).eps if not trainer.args.bf16 else 2**-7
-    if leak > max(1e-3, 8 * rounding) * possible + rounding * abs(packed[0]):
+    leak, possible = (sum((logits - runs[0]).abs().mean().item() for logits in runs[1:]) for runs in (packed, whole))
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    eps = max(eps, torch.finfo(torch.bfloat16).eps if trainer.args.bf16 else 0.0)
+    if leak > max(1e-3, 8 * eps) * possible + eps * packed[0].abs().mean().item():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ValueError(
-            f"packing: rows of a pack see each other in {type(_base(model)).__name__} (attention "
+            f"packing: rows of a pack see each other in {type(base).__name__} (attention "
             f"{getattr(text, '_attn_implementation', None) or 'unknown'}), which does not go by position_ids; "
             "leave packing out"
         )
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _loss(trainer: Any, before: list[int], row: list[int], lengths: list[int]) -> float:
-    """The loss of `row` alone, in a pack behind `before`."""
-    labels = [-100] * (len(before) + 1) + row[1:]
-    batch = trainer.data_collator([{"input_ids": before + row, "labels": labels, "seq_lengths": lengths}])
-    inputs = {k: v.to(trainer.args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+def _logits(trainer: Any, before: list[int], row: list[int], lengths: list[int]) -> torch.Tensor:
+    """What the model says at the positions of `row` [L, V], in a pack behind `before`."""
+    batch = trainer.data_collator([{"input_ids": before + row, "seq_lengths": lengths}])
+    inputs = {k: v.to(trainer.args.device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        return trainer.compute_loss(trainer.model, inputs).item()
+        return trainer.model(**inputs, use_cache=False).logits[0, len(before) :].float()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ops.trainer._files import replacing_files_in
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
-from lora_ops.trainer._say import is_first_process, one_line
+from lora_ops.trainer._say import is_first_process, one_line, warn
 from lora_ops.trainer.arguments import SFTArguments
 from lora_ops.trainer.checkpoints import WholeCheckpoints, resume_folder
 from lora_ops.trainer.choices import check_choices, nearest
@@ -24,7 +24,7 @@ from lora_ops.trainer.figures import RunFigures
 from lora_ops.trainer.lengths import CutRows, max_length_for
 from lora_ops.trainer.packing import require_isolation
 from lora_ops.trainer.rows import to_trl_format
-from lora_ops.trainer.templates import check_template
+from lora_ops.trainer.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -179,11 +179,12 @@ def train(
     if (model is None) != (tokenizer is None):
         raise ValueError("model: expected together with tokenizer, got one of the two")
     check_choices(args)
+    _warn_slow(args, injected=model is None and not args.full)
     checkpoint = resume_folder(args)
     data = load_dataset(args.dataset, args.dataset_split) if train_dataset is None else to_trl_format(train_dataset)
     if model is None:
         model, tokenizer = load_model(args)
-    check_template(tokenizer, data, assistant_only=args.assistant_only_loss)
+    check_tokenizer(tokenizer, data, assistant_only=args.assistant_only_loss)
     trainer = _trainer(args, model, tokenizer, data, callbacks, progress)
     try:
         output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -206,6 +207,17 @@ def train(
         model=model,
         paging=paging,
     )
+
+
+def _warn_slow(args: SFTArguments, *, injected: bool) -> None:
+    """Say that bf16 is slow on this CPU, unless `inject` will, which knows what stays in 16 bits."""
+    import torch
+
+    from lora_ops._machine import slow_16bit_reason
+
+    on_cpu = args.use_cpu or not torch.cuda.is_available()
+    if args.bf16 and on_cpu and not injected and (reason := slow_16bit_reason()):
+        warn(f"bf16: {reason}; leave it out to train in float32")
 
 
 def _trainer(
@@ -236,9 +248,12 @@ def _trainer(
 
 def _save(trainer: Any, args: SFTArguments) -> None:
     """Write the adapter or the model, by one process; the others wait. Without trainer.save_model's pickled file."""
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process holds a part
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         with replacing_files_in(args.output_dir) as folder:
-            trainer.model.save_pretrained(str(folder), safe_serialization=True)
+            trainer.model.save_pretrained(str(folder), safe_serialization=True, state_dict=state)
             if args.full:
                 trainer.processing_class.save_pretrained(str(folder))
     trainer.accelerator.wait_for_everyone()
@@ -265,6 +280,15 @@ def _parse(argv: list[str] | None) -> SFTArguments:
     return args
 
 
+def _hide_bars() -> None:
+    """Loading and tokenizing draw bars of their own, which the Trainer's setting does not reach."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, train, and say where the adapter is.
 
@@ -282,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require(*TRAIN_PACKAGES)
         args = _parse(argv)
+        if args.disable_tqdm:
+            _hide_bars()
         result = train(args)
     except Exception as error:
         if any(option.startswith("--traceback") for option in arguments):

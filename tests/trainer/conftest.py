@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +46,35 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new_model(config, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def questions(library: Path, tmp_path: Path) -> Path:
+    """A .jsonl file of questions, as a user would bring one."""
+    from lora_ops.trainer.data import instruction_items
+
+    path = tmp_path / "questions.jsonl"
+    rows = [{k: item[k] for k in ("prompt", "completion")} for item in instruction_items("base", root=library)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sft_main(tiny_model: Path, questions: Path, tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: options in, exit status, stdout and stderr out."""
+    from lora_ops.trainer import sft
+
+    def run(*flags: str, **options: object) -> tuple[int, str, str]:
+        settings = {
+            "model_name_or_path": tiny_model, "dataset": questions, "output_dir": tmp_path / "out", "max_steps": 2,
+            "lora_r": 2, "per_device_train_batch_size": 2, "max_length": 128, "use_cpu": True, "disable_tqdm": True,
+        }  # fmt: skip
+        argv = [f"--{name}={value}" for name, value in (settings | options).items()]
+        capsys.readouterr()
+        try:
+            status = sft.main([*argv, *flags])
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

@@ -14,17 +14,7 @@ import torch
 
 from lora_ops.trainer import _require, sft
 from lora_ops.trainer.arguments import SFTArguments
-from lora_ops.trainer.data import instruction_items
 from lora_ops.trainer.evaluate import greedy_answer, item_losses
-
-
-@pytest.fixture
-def questions(library: Path, tmp_path: Path) -> Path:
-    """A .jsonl file of questions, as a user would bring one."""
-    path = tmp_path / "questions.jsonl"
-    rows = [{k: item[k] for k in ("prompt", "completion")} for item in instruction_items("base", root=library)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def _arguments(model: Path, dataset: Path, output: Path, **changes) -> SFTArguments:

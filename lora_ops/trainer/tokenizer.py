@@ -1,4 +1,4 @@
-"""Whether a tokenizer's chat template can do what messages, and training on the assistant's turns alone, ask of it."""
+"""Whether a tokenizer can do what the rows ask of it: an end token for text, a chat template for messages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, assistant_only: bool) -> None:
-    """Check the chat template before the rows are turned into tokens.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, assistant_only: bool) -> None:
+    """Check the tokenizer before the rows are turned into tokens.
 
     Args:
         tokenizer: the model's.
@@ -20,8 +20,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, assi
         assistant_only: whether only the assistant's turns count.
 
     Raises:
-        ValueError: if the rows are messages and there is no template, or only the assistant's turns are to count and
-            the template does not mark them, or a row has none.
+        ValueError: if the rows are text and there is no end token, or they are messages and there is no template, or
+            only the assistant's turns are to count and the template does not mark them, or a row has none.
     """
     columns = [name for name in ("messages", "prompt", "completion") if name in dataset.column_names]
     columns = [name for name in columns if isinstance(dataset[0][name], list)]
@@ -30,6 +30,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, assi
             raise ValueError(
                 "assistant_only_loss: expected messages, got the columns "
                 f"{' + '.join(dataset.column_names)} of text; leave it out (completions alone count anyway)"
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "model_name_or_path: the tokenizer has no eos_token to end a text with; name one in its "
+                "tokenizer_config.json"
             )
         return
     if not tokenizer.chat_template:
