@@ -35,6 +35,15 @@ def test_unknown_instruction_set_is_a_reason() -> None:
     assert "portable" in reason
 
 
+@pytest.mark.parametrize("name", _native.ISAS)
+def test_every_instruction_set(name: str) -> None:
+    """The one skip for a set that this machine lacks: the other tests run on those that it has."""
+    if name not in _native.supported_isas():
+        pytest.skip(f"this CPU has no {name}, whose kernels are not tested here: run the tests on one that has it")
+    with _native.force_isa(name):
+        assert _native.isa() == name
+
+
 def test_force_isa_is_undone() -> None:
     before = _native.isa()
     with _native.force_isa("portable"):
