@@ -2,7 +2,7 @@
 
 from lora_ops import functional, nn, optim
 from lora_ops._dispatch import BackendError, Trace, trace, use_backend
-from lora_ops.injection import eject, inject, injection_report
+from lora_ops.injection import eject, inject, injection_report, merge, quantize
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.version import __version__
 
@@ -15,8 +15,10 @@ __all__ = [
     "functional",
     "inject",
     "injection_report",
+    "merge",
     "nn",
     "optim",
+    "quantize",
     "trace",
     "use_backend",
 ]

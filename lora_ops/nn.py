@@ -23,9 +23,10 @@ _ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET = "weight_absmax", "weight_nested_absmax
 
 
 def is_conv1d(module: object) -> bool:
-    """Whether `module` is transformers' Conv1D, a linear layer with its weight stored as (K, N); told by its name, so
-    that nothing imports transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    """Whether `module` is transformers' Conv1D, or that class: a linear layer with its weight stored as (K, N); told by
+    its name, so that nothing imports transformers."""
+    cls = module if isinstance(module, type) else type(module)
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
 
 
 def weight_of(linear: Any) -> Tensor:
@@ -58,6 +59,7 @@ class NF4Linear(nn.Linear):
     """
 
     weight_absmax: nn.Parameter
+    source_cls: type[nn.Module] = nn.Linear  # of the layer that was quantized; transformers' 4-bit layers keep it too
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class NF4Linear(nn.Linear):
             raise TypeError("linear: expected an nn.Linear or transformers' Conv1D, got an NF4Linear")
         q = functional.quantize_nf4(weight_of(linear), block_size=block_size, double_quant=double_quant)
         layer = cls.from_quantized(q, linear.bias)
+        layer.source_cls = type(linear)
         return layer.train(linear.training)
 
     @classmethod

@@ -6,8 +6,9 @@ Imports peft: only `inject` imports this file, when called.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -18,13 +19,10 @@ from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection import dense
 from lora_ops.nn import NF4Linear, is_conv1d
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 _PROGRESS_NUMEL = 1 << 28  # a progress bar from about the size whose quantization takes seconds
 
 
-def lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
@@ -42,16 +40,18 @@ def is_bnb_lora(layer: Any) -> bool:
     )
 
 
-def convert_bases(model: PeftModel, quantize: str | None) -> None:
+def convert_bases(model: nn.Module, quantize: str | None) -> None:
     """Make NF4Linears of bitsandbytes' nf4 layers and, if asked, of dense ones, one after the other."""
     for _, layer in lora_layers(model):
         if is_bnb_lora(layer) and not layer.merged:  # only PEFT's own class can take a merged adapter out again
             base = layer.base_layer
             q = layout.from_state_dict(base.state_dict())
-            _set_base(layer, NF4Linear.from_quantized(q, base.bias).train(base.training))
+            converted = NF4Linear.from_quantized(q, base.bias).train(base.training)
+            converted.source_cls = getattr(base, "source_cls", nn.Linear)
+            _set_base(layer, converted)
     if quantize != "nf4":
         return
-    root = model.get_base_model()
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     reasons = dense.dense_reasons(root)
     todo = _quantizable(root, reasons)
     numel = sum(linear.weight.numel() for _, linear, _ in todo)
@@ -83,6 +83,7 @@ def _quantize(name: str, linear: nn.Module) -> NF4Linear:
 def _share(quantized: NF4Linear, linear: Any) -> NF4Linear:
     """A layer over the Parameters of another's weight, with the bias of `linear`."""
     layer = NF4Linear.from_quantized(quantized.quantized, linear.bias).train(linear.training)
+    layer.source_cls = type(linear)
     for key, parameter in quantized._parameters.items():
         if key != "bias":
             layer._parameters[key] = parameter

@@ -71,13 +71,14 @@ def inject(
         ValueError: if an argument is not valid, or a weight that is to be quantized is not finite.
         InjectionError: with `strict`, naming the layers and the reasons.
     """
-    _require("peft", "transformers")
+    require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import convert, peft_layers, reads
+    from lora_ops.injection import convert, describe, methods, peft_layers, reads
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    methods.watch()
     check_quantize(quantize)
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
     if isinstance(model, peft.PeftModel):
@@ -106,6 +107,7 @@ def inject(
         has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
         if has_nf4 or quantize == "nf4":
             peft_layers.check_nf4_config(config, initialized=not has_nf4)
+            config._register_custom_module({NF4Linear: peft_layers.LoraNF4Linear})
         peft_model = peft.get_peft_model(model, config)
         if strict:
             try:
@@ -120,6 +122,7 @@ def inject(
         peft_layers.adopt(module)
     if type(model.base_model) is peft.tuners.lora.LoraModel:
         model.base_model.__class__ = peft_layers.LoraModel
+    describe.describe(model)
     warn_slow_16bit(model)
     return model
 
@@ -140,7 +143,7 @@ def eject(model: PeftModel) -> PeftModel:
         TypeError: if model is not a PeftModel.
         ValueError: if adapters are merged into an NF4 base, which PEFT could not unmerge.
     """
-    _require("peft", "transformers")
+    require("peft", "transformers")
     import peft
 
     from lora_ops.injection import peft_layers
@@ -157,7 +160,7 @@ def eject(model: PeftModel) -> PeftModel:
     return model
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f'lora_ops.inject needs {", ".join(missing)}: install with  pip install "lora_ops[train]"')

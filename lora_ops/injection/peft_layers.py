@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
 from lora_ops._checks import autocasting, dtype_name
+from lora_ops.injection import methods
 from lora_ops.injection.linears import why_not_linear
 from lora_ops.nn import NF4Linear, add_to_nf4
 from lora_ops.quant.nf4 import NF4Tensor
@@ -178,6 +179,9 @@ class LoraLinear(lora.Linear):
     # as never called once others of its model were called after it was there.
     adopted = called = 0
 
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT's: its repr, and with it `get_layer_status`, says "lora.Linear"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             _note_traced()  # a mark on the layer would be guarded on, and everything compiled a second time
@@ -227,16 +231,30 @@ class LoraNF4Linear(LoraLinear):
         check_nf4_config(config)
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Draw lora_A and lora_B as PEFT does, which asks the base for its dtype; codes have none to give."""
+        base: Any = self._modules["base_layer"]
+        shape = nn.Linear(self.in_features, self.out_features, device="meta", dtype=base.quantized_dtype)
+        self._modules["base_layer"] = shape
+        try:
+            super().orthogonal_init(adapter_name)
+        finally:
+            self._modules["base_layer"] = base
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
+        """Where new adapters go, and in which dtype unless PEFT makes them float32; not that of the codes."""
+        return base_layer.weight.device, getattr(base_layer, "compute_dtype", None) or base_layer.quantized_dtype
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base's weight: W ← quantize(dequantize(W) + Σ scale · B A), rounded once for them all.
 
         Args:
-            safe_merge: as in PEFT; a sum that is not finite is refused either way, since NF4 cannot hold it.
+            safe_merge: refuse a bias that is not finite; a weight is refused either way, since NF4 cannot hold it.
             adapter_names: which ones; the active ones if None.
 
         Raises:
-            ValueError: if the sum is not finite; the layer is left as it was.
+            ValueError: if a sum is not finite; the layer is left as it was.
             RuntimeError: if an adapter has a bias and the base layer none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
@@ -247,8 +265,7 @@ class LoraNF4Linear(LoraLinear):
         delta, bias = torch.zeros(original.shape, device=original.device), original_bias
         for name in [*self.merged_adapters, *names]:
             adapter = self.get_delta_weight(name).float()
-            if not bool(torch.isfinite(adapter).all()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            _check_finite(name, adapter)
             delta += adapter
             if self.lora_bias.get(name, False):
                 if bias is None:
@@ -256,6 +273,8 @@ class LoraNF4Linear(LoraLinear):
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
                 bias = bias + (self.lora_B[name].bias * self.scaling[name]).to(bias.dtype)
+                if safe_merge:
+                    _check_finite(name, bias)
         merged = add_to_nf4(original, delta)
         base.quantized = merged
         if bias is not None:
@@ -277,6 +296,11 @@ class LoraNF4Linear(LoraLinear):
         self._unmerged = None
 
 
+def _check_finite(adapter: str, t: Tensor) -> None:
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+
+
 _VARIANTS = (
     "use_dora",
     "arrow_config",
@@ -288,6 +312,10 @@ _VARIANTS = (
 )
 
 
+# Those that leave the base's weight alone: EVA starts from activations, orthogonal from shapes.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
 def check_nf4_config(config: Any, *, initialized: bool = False) -> None:
     """Raise ValueError unless an adapter of this LoraConfig can stand on an NF4 base.
 
@@ -297,16 +325,30 @@ def check_nf4_config(config: Any, *, initialized: bool = False) -> None:
     """
     if variants := [name for name in _VARIANTS if getattr(config, name, None)]:
         raise ValueError(f"{variants[0]}: an NF4 base layer takes plain LoRA adapters only")
-    inits = (True, False, "gaussian")
-    if config.init_lora_weights == "mica" or (not initialized and config.init_lora_weights not in inits):
+    init = config.init_lora_weights
+    if init == "mica" or (not initialized and init not in _INITS):
         raise ValueError(
-            "init_lora_weights: expected True, False or 'gaussian' over an NF4 base layer (others are variants or need "
-            f"the dense weight), got {config.init_lora_weights!r}"
+            f"init_lora_weights: expected {', '.join(map(repr, _INITS))} over an NF4 base layer, got {init!r}, which "
+            'changes the dense weight: give it to the dense model and then call inject(model, quantize="nf4"), or load '
+            "an adapter that was saved with path_initial_model_for_weight_conversion"
         )
 
 
 class LoraModel(lora.LoraModel):
     """PEFT's LoraModel, whose later adapters get our layers too."""
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """PEFT calls this before it changes anything."""
+        super()._check_new_adapter_config(config)
+        targets, kept = config.target_modules, tuple(config.modules_to_save or ())
+        for name, module in self.model.named_modules():
+            if not isinstance(module, NF4Linear):
+                continue
+            name = name.removesuffix(".base_layer")
+            if any(f"{name}."[:end].endswith(kept) for end, c in enumerate(f"{name}.") if c == "."):
+                raise methods.untrainable(name, module)
+            if targets == "all-linear" or self._check_target_module_exists(config, name):
+                check_nf4_config(config)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -325,6 +367,7 @@ def adopt(layer: nn.Module) -> nn.Module:
             _adopted += 1
             layer.adopted = _adopted  # type: ignore[assignment]
         layer.__class__ = LoraNF4Linear if isinstance(layer.base_layer, NF4Linear) else LoraLinear
+        methods.allow_merge(layer)
     return layer
 
 
@@ -334,3 +377,5 @@ def abandon(layer: nn.Module) -> None:
         layer.__class__ = lora.Linear
         for name in ("unfused_call", "adopted", "called", "_unmerged"):
             layer.__dict__.pop(name, None)
+        if isinstance(layer.base_layer, NF4Linear):
+            methods.refuse_merge(layer)

@@ -340,7 +340,7 @@ def test_a_second_adapter_on_other_layers_is_fused_too(quantize: str | None) -> 
 def test_a_model_that_has_nf4_layers_already(arch: str) -> None:
     """Such as a merged one: its layers take adapters, first and later ones, if they are plain LoRA."""
     base = injected(arch, quantize="nf4").merge_and_unload()
-    with pytest.raises(ValueError, match="init_lora_weights: expected True, False or 'gaussian'"):
+    with pytest.raises(ValueError, match="init_lora_weights: expected True, False, 'gaussian', 'eva'"):
         lora_ops.inject(base, init_lora_weights="pissa")
     y, first, later = logits(base), *(("q_proj", "v_proj") if arch == "llama" else ("c_attn", "c_fc"))
     model = lora_ops.inject(base, r=4, target_modules=[first])
