@@ -136,9 +136,16 @@ def test_matrix_instruction(chip: str) -> None:
         assert f"no {MMA[chip]}" in wrong(case(torch.float32, 32), chip)
 
 
+@triton.jit
+def _wide_dot_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    i, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + i[:, None] * COLUMNS + k[None, :])
+    tl.store(y_ptr + i[:, None] * ROWS + i[None, :], tl.dot(x, x.T))
+
+
 def test_shared_memory_limit() -> None:
-    x, y = meta(256, 256, dtype=torch.bfloat16), meta(256, 256)
-    case = GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=256, num_warps=8))
+    x, y = meta(64, 1024, dtype=torch.bfloat16), meta(64, 64)  # x takes 128 KiB; of few sums, quick to compile
+    case = GateCase("dot", lambda: launch(_wide_dot_kernel, (1,), x, y, ROWS=64, COLUMNS=1024, num_warps=8))
     assert "of shared memory, sm_89 has" in wrong(case, "sm_89")
     assert "shared" not in wrong(case, "sm_90")
 

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -211,8 +212,8 @@ def test_every_wait_is_in_the_list() -> None:
 
 @pytest.mark.parametrize("pair", WAITS, ids=" for ".join)
 def test_without_a_wait_kernels_read_something_else(pair: tuple[str, str]) -> None:
-    """In some order, of those that the adversary tries."""
-    errors = [str(error) for _, error in (faulty(pair, seed) for seed in SEEDS) if error]
+    """In some order, of those that the adversary tries; the first few such are looked at."""
+    errors = list(islice((str(error) for seed in SEEDS if (error := faulty(pair, seed)[1])), 5))
     assert errors, WAITS[pair]
     assert all(re.search("a kernel read|checksum mismatch", error) for error in errors)
 
