@@ -350,6 +350,19 @@ class LoraModel(lora.LoraModel):
             if targets == "all-linear" or self._check_target_module_exists(config, name):
                 check_nf4_config(config)
 
+    def _check_merge_allowed(self) -> None:
+        """PEFT calls this before it merges or unloads."""
+        super()._check_merge_allowed()
+        held: dict[Tensor, str] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, NF4Linear) and name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+                if (other := held.setdefault(module.weight, name)) != name:
+                    raise ValueError(
+                        f"merge: {other} and {name} share one NF4 weight, which cannot hold the update of each; "
+                        "lora_ops.merge(model) gives each a dense one"
+                    )
+
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

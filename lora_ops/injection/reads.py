@@ -74,12 +74,13 @@ def leave_out(model: nn.Module, names: set[str]) -> set[str]:
     return set(read)
 
 
-def tell_adapted(model: nn.Module) -> None:
-    """Say which layers have adapters that the model's code passes by."""
-    found = weight_reads(model)
+def tell_adapted(model: Any) -> None:
+    """Say which layers of a PeftModel have adapters that the model's code passes by."""
+    root = model.get_base_model()
+    found = weight_reads(root)
     read = {
         name: found[m]
-        for name, m in model.named_modules()
+        for name, m in root.named_modules()
         if hasattr(m, "get_base_layer") and m in found and not found[m].called
     }
     if read:

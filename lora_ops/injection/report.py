@@ -98,10 +98,11 @@ def injection_report(model: nn.Module) -> InjectionReport:
     return InjectionReport(rows.values(), model_bytes(model))
 
 
-def _find_adapters_without_effect(model: nn.Module, rows: dict[nn.Module, LayerReport]) -> None:
+def _find_adapters_without_effect(model: Any, rows: dict[nn.Module, LayerReport]) -> None:
     """Set the state of adapters that are active and that no forward of the model runs."""
     active = {m: row for m, row in rows.items() if hasattr(m, "get_base_layer") and row.state in ("fused", "unfused")}
-    reads = weight_reads(model) if active else {}
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model  # not PEFT's code around it
+    reads = weight_reads(root) if active else {}
     last_call = max((getattr(m, "called", 0) for m in rows), default=0)
     for module, row in active.items():
         read = reads.get(module)

@@ -232,6 +232,23 @@ def test_a_replicated_model_computes_what_peft_does_over_the_same_weights() -> N
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_updates_of_layers_that_share_a_weight_are_not_merged_into_it() -> None:
+    model = replicated()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"merge: model.layers.0.*q_proj and model.layers.2.*q_proj share one NF4"):
+            merge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    ids = models.token_ids()
+    y = model.eval()(ids).logits
+    merged = lora_ops.merge(model)
+    assert not any(isinstance(m, NF4Linear) for m in merged.modules())
+    torch.testing.assert_close(merged(ids).logits, y, atol=1e-3, rtol=1e-3)
+
+
 def test_a_weight_that_is_shared_with_what_stays_dense_stays_dense() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -380,7 +380,7 @@ def test_an_adapter_that_the_user_asks_for_is_put_in_and_reported(caplog: pytest
         model = lora_ops.inject(reformer(), r=2, target_modules=["value", "key"], quantize="nf4")
     assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("adapters without effect")] == [
         "adapters without effect where the model's own code reads the layer's weight instead of calling it: "
-        "base_model.model.reformer.encoder.layers.*.attention.self_attention.value "
+        "reformer.encoder.layers.*.attention.self_attention.value "
         "(read by LSHSelfAttention._value_per_attn_head); leave them out of target_modules"
     ]
     rows = {row.name: row for row in lora_ops.injection_report(model)}
