@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -28,6 +28,28 @@ def pytest_configure() -> None:
     # depends on the number of threads sets it. `make test` has a process for each core.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+def _say_what_to_install(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Complete the reason of pytest.importorskip, which only says what is missing."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        path, line, reason = report.longrepr
+        if "could not import" in reason:
+            report.longrepr = path, line, f'{reason}: pip install -e ".[test]"'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _say_what_to_install(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _say_what_to_install(report)
+    return report
 
 
 @pytest.fixture(params=["reference", "native"])

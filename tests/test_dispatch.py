@@ -195,7 +195,7 @@ def test_without_a_native_library_everything_works_and_says_so() -> None:
 
 def test_triton_declines_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The codecs, too: Triton itself compiles for capability 8.0 and later only."""
-    pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+    pytest.importorskip("triton")
     from lora_ops.quant.blockwise8 import triton_impl as blockwise8
     from lora_ops.quant.nf4_codec import triton_impl as codec
     from lora_ops.quant.nf4_linear import triton_impl as linear

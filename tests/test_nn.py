@@ -29,7 +29,7 @@ def nf4_linear(double_quant: bool = True, bias: bool = True, dtype: torch.dtype 
 
 
 def bnb_linear(nested: bool, dtype: torch.dtype, bias: bool = True, quant_type: str = "nf4") -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes", reason='bitsandbytes is missing: pip install -e ".[test]"')
+    bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(K, N, bias=bias, quant_type=quant_type, compress_statistics=nested)
     linear.weight.data = torch.randn(N, K, dtype=dtype)
     return linear.to("cpu")
@@ -65,9 +65,7 @@ def test_from_linear_shares_the_bias_and_its_requires_grad() -> None:
 
 
 def test_from_linear_takes_a_conv1d_transposed() -> None:
-    utils = pytest.importorskip(
-        "transformers.pytorch_utils", reason='transformers is missing: pip install -e ".[test]"'
-    )
+    utils = pytest.importorskip("transformers.pytorch_utils")
     conv1d = utils.Conv1D(N, K)
     linear = nn.Linear(K, N)
     linear.weight.data, linear.bias = conv1d.weight.data.T.contiguous(), conv1d.bias
@@ -160,7 +158,7 @@ def test_loads_and_writes_bitsandbytes_bytes(dtype: torch.dtype, nested: bool, b
 
 
 def test_bitsandbytes_loads_our_state_dict() -> None:
-    bnb = pytest.importorskip("bitsandbytes", reason='bitsandbytes is missing: pip install -e ".[test]"')
+    bnb = pytest.importorskip("bitsandbytes")
     ours = nf4_linear(dtype=torch.bfloat16)
     state = ours.state_dict()
     stats = {k: v for k, v in state.items() if k.startswith("weight.")}
@@ -173,7 +171,7 @@ def test_bitsandbytes_loads_our_state_dict() -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_roundtrip_through_safetensors(double_quant: bool, assign: bool) -> None:
-    safetensors = pytest.importorskip("safetensors.torch", reason='safetensors is missing: pip install -e ".[test]"')
+    safetensors = pytest.importorskip("safetensors.torch")
     model = nn.Sequential(nf4_linear(double_quant), nn.ReLU(), NF4Linear.from_linear(nn.Linear(N, 7)))
     state = safetensors.load(safetensors.save(model.state_dict()))
     empty = nn.Sequential(NF4Linear(K, N), nn.ReLU(), NF4Linear(N, 7))
@@ -351,7 +349,7 @@ def test_constructor_and_rslora() -> None:
 
 
 def test_initialization_is_that_of_peft() -> None:
-    peft = pytest.importorskip("peft", reason='peft is missing: pip install -e ".[test]"')
+    peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     theirs = peft.tuners.lora.Linear(nn.Linear(K, N), "default", peft.LoraConfig(r=4, lora_alpha=8), r=4, lora_alpha=8)
     torch.manual_seed(1)
@@ -397,9 +395,7 @@ def test_a_merge_that_fails_leaves_the_layer() -> None:
 
 
 def test_from_conv1d() -> None:
-    utils = pytest.importorskip(
-        "transformers.pytorch_utils", reason='transformers is missing: pip install -e ".[test]"'
-    )
+    utils = pytest.importorskip("transformers.pytorch_utils")
     conv1d = utils.Conv1D(N, K)
     layer = LoRALinear.from_linear(conv1d, r=4)
     x = torch.randn(3, K)

@@ -141,7 +141,7 @@ def test_a_wrong_route_is_neither_timed_nor_chosen() -> None:
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.field)
 def test_each_route_launches_its_own_kernels(question: Question) -> None:
     """On tensors that only have shapes: what is timed under a name is what runs under it."""
-    pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+    pytest.importorskip("triton")
     from lora_ops.kernels.lora_linear import triton_impl as lora
     from lora_ops.quant.nf4_linear import triton_impl as nf4
 

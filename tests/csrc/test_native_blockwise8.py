@@ -179,7 +179,7 @@ def test_threads_do_not_change_bytes(isa: str) -> None:
 
 def test_bitsandbytes_default_backend_agrees_up_to_its_rounded_midpoints(isa: str) -> None:
     """Its torch code compares with fp32 midpoints; its C++ code with a table of 65,536 bins, so not that."""
-    bnb = pytest.importorskip("bitsandbytes.functional", reason="pip install bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(bnb.create_dynamic_map(signed=True), dynamic_map(True))
     assert torch.equal(bnb.create_dynamic_map(signed=False), dynamic_map(False))
     from bitsandbytes.backends.default.ops import _dequantize_blockwise_compute

@@ -136,7 +136,7 @@ def test_quantize_equals_definition(isa: str, case: tuple) -> None:
 @given(cases)
 @settings(deadline=None, max_examples=80)
 def test_quantize_equals_bitsandbytes(isa: str, case: tuple) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install bitsandbytes")
+    functional = pytest.importorskip("bitsandbytes.functional")
     kind, n, dtype, block_size, seed = case
     n = max(n, 1)  # bitsandbytes refuses an empty tensor
     w = draw(kind, n, dtype, seed)

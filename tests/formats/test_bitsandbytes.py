@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def bnb_state_dict(w: torch.Tensor, nested: bool, quant_type: str = "nf4", **kwargs: object) -> dict[str, torch.Tensor]:
     """What bitsandbytes itself writes for a layer with this weight."""
-    bnb = pytest.importorskip("bitsandbytes", reason='bitsandbytes is missing: pip install -e ".[test]"')
+    bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(
         w.shape[1], w.shape[0], bias=False, quant_type=quant_type, compress_statistics=nested, **kwargs
     )
@@ -49,9 +49,7 @@ def test_our_quantizer_writes_the_state_dict_of_bitsandbytes(dtype: torch.dtype)
 
 
 def test_our_double_quantization_is_read_by_bitsandbytes() -> None:
-    functional = pytest.importorskip(
-        "bitsandbytes.functional", reason='bitsandbytes is missing: pip install -e ".[test]"'
-    )
+    functional = pytest.importorskip("bitsandbytes.functional")
     q = quantize_nf4(torch.randn(80, 128), double_quant=True)  # its CPU code decodes K % block_size != 0 wrongly
     state = layout.to_state_dict(q)
     packed = state.pop("weight")

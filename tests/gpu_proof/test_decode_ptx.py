@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+pytest.importorskip("triton")
 from lora_ops.quant import nf4_triton
 from lora_ops.quant.nf4 import nf4_code
 

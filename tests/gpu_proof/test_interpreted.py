@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason='triton is missing: pip install -e ".[test]"')
+pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 OPTIONS = ("-q", "-p", "no:cacheprovider", "--no-header")

@@ -51,7 +51,7 @@ class Regression(nn.Module):
 
 
 def run(folder: Path, *, resume: str | None = None, **pages: Any) -> dict[str, torch.Tensor]:
-    transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install -e ".[test]"')
+    transformers = pytest.importorskip("transformers")
     g = torch.Generator().manual_seed(1)
     data = [{"x": torch.randn(64, generator=g), "labels": torch.randn(64, generator=g)} for _ in range(64)]
     args = transformers.TrainingArguments(

@@ -19,7 +19,7 @@ from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor, nf4_thresholds,
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ["reference", *(["native"] if _native.available() else [])]
-bnb = pytest.importorskip("bitsandbytes.functional", reason='bitsandbytes is missing: pip install -e ".[test]"')
+bnb = pytest.importorskip("bitsandbytes.functional")
 
 shapes = st.lists(st.integers(0, 70), min_size=1, max_size=3).map(tuple)
 

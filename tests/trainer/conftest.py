@@ -37,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama-architecture model of one layer with random weights, and a tokenizer of 300 tokens."""
-    pytest.importorskip("transformers", reason='transformers is missing: pip install -e ".[test]"')
+    pytest.importorskip("transformers")
     from lora_ops.trainer.base_model import BaseConfig, new_model, train_tokenizer
 
     config = BaseConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_layers=1)

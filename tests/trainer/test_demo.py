@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason='trl is missing: pip install -e ".[test]"')
+pytest.importorskip("trl")
 
 from lora_ops.trainer import _files, demo, report
 

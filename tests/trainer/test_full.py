@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytest.importorskip("trl", reason='trl is missing: pip install -e ".[test]"')
+pytest.importorskip("trl")
 
 from lora_ops.trainer import full
 

@@ -75,7 +75,7 @@ def test_items_are_the_same_each_time(library):
 
 
 def test_dataset_is_in_prompt_completion_format(library):
-    pytest.importorskip("datasets", reason='datasets is missing: pip install -e ".[test]"')
+    pytest.importorskip("datasets")
     dataset = instruction_dataset("heldout", root=library)
     assert {"prompt", "completion", "kind", "file", "module"} == set(dataset.column_names)
     for row in dataset:

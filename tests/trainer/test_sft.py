@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason='trl is missing: pip install -e ".[test]"')
+pytest.importorskip("trl")
 
 import torch
 

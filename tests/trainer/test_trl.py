@@ -11,8 +11,8 @@ import torch
 from lora_ops.optim import AdamW
 from lora_ops.optim.huggingface import trainer_optimizer
 
-trl = pytest.importorskip("trl", reason='trl is missing: pip install -e ".[test]"')
-datasets = pytest.importorskip("datasets", reason='datasets is missing: pip install -e ".[test]"')
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
 
 STEPS = 4
 COMMON = {
