@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from lora_ops import functional
 from lora_ops._checks import check_probability, dtype_name
+from lora_ops._sharding import is_sharded, local, sharded_as, view_as_dtype
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, check_nf4
 
 QUANTIZE = (None, "nf4")
 
 # The scales stand in int32 Parameters that are viewed as float32 where they are used: module.to(dtype) casts floating
-# tensors only, and so does an FSDP2 mixed-precision policy. A buffer would not be sharded.
+# tensors only, and so does an FSDP2 mixed-precision policy. A buffer would not be sharded; so the offset is one, since
+# its value goes into the state dict of every rank.
 _ABSMAX, _NESTED_ABSMAX, _NESTED_OFFSET = "weight_absmax", "weight_nested_absmax", "weight_nested_offset"
 
 
@@ -142,16 +144,15 @@ class NF4Linear(nn.Linear):
     def quantized(self) -> NF4Tensor:
         """The weight, of shape (N, K); its tensors are the layer's. Assigning one takes over its tensors."""
         absmax = self.weight_absmax.detach()
-        nested_absmax, offset = self._parameters[_NESTED_ABSMAX], self._parameters[_NESTED_OFFSET]
+        nested_absmax, offset = self._parameters[_NESTED_ABSMAX], self._buffers[_NESTED_OFFSET]
         return NF4Tensor(
             self.weight.detach(),
-            absmax if absmax.dtype == torch.uint8 else absmax.view(torch.float32),
+            absmax if absmax.dtype == torch.uint8 else view_as_dtype(absmax, torch.float32),
             (self.out_features, self.in_features),
             self.quantized_dtype,
             self.block_size,
-            None if nested_absmax is None else nested_absmax.detach().view(torch.float32),
-            # Kept as [1]: FSDP2 does not shard 0-d parameters.
-            None if offset is None else offset.detach().view(torch.float32).view(()),
+            None if nested_absmax is None else view_as_dtype(nested_absmax.detach(), torch.float32),
+            None if offset is None else offset.view(torch.float32),
         )
 
     @quantized.setter
@@ -159,23 +160,46 @@ class NF4Linear(nn.Linear):
         check_nf4("q", q, dim=2)
         if tuple(q.shape) != (self.out_features, self.in_features):
             raise ValueError(f"q: expected shape (N={self.out_features}, K={self.in_features}), got {tuple(q.shape)}")
+        if self.sharded and (q.block_size, q.nested) != (own := (self.block_size, self.double_quant)):
+            raise ValueError(
+                f"q: expected block_size={own[0]}, double_quant={own[1]}, as when the layer was sharded, got "
+                f"block_size={q.block_size}, double_quant={q.nested}"
+            )
         self._set(q)
         self._empty = False
 
     def _set(self, q: NF4Tensor) -> None:
         self.block_size, self.quantized_dtype = q.block_size, q.dtype
-        offset = None if q.nested_offset is None else q.nested_offset.view(1)
-        tensors = {"weight": q.packed, _ABSMAX: q.absmax, _NESTED_ABSMAX: q.nested_absmax, _NESTED_OFFSET: offset}
-        for name, t in tensors.items():
+        offset = None if q.nested_offset is None else q.nested_offset.detach().view(torch.int32)
+        held = self._buffers.get(_NESTED_OFFSET)
+        if held is None or offset is None or held.is_meta or held.device != offset.device:
+            self.register_buffer(_NESTED_OFFSET, offset, persistent=False)
+        else:
+            held.data = offset
+        for name, t in {"weight": q.packed, _ABSMAX: q.absmax, _NESTED_ABSMAX: q.nested_absmax}.items():
             if t is None:
                 self.register_parameter(name, None)
                 continue
-            bits = t.detach() if t.dtype == torch.uint8 else t.detach().view(torch.int32)
+            bits = t.detach() if t.dtype == torch.uint8 else view_as_dtype(t.detach(), torch.int32)
             current = self._parameters.get(name)
+            if is_sharded(current):
+                bits = sharded_as(bits, current)
             if current is None or current.is_meta or current.device != bits.device:
                 self.register_parameter(name, nn.Parameter(bits, requires_grad=False))
+            elif is_sharded(current):
+                local(current).copy_(local(bits))  # FSDP2 gathers from this memory
             else:
                 current.data = bits  # whoever holds the Parameter sees the new weight
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether absmax is itself quantized to 8 bits."""
+        return self._parameters[_NESTED_ABSMAX] is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank has a part of the weight only, as under FSDP2 outside of a forward or backward."""
+        return is_sharded(self._parameters["weight"])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense tensor: W[e] = NF4_CODE[code e] · absmax[e // block_size].
@@ -187,9 +211,14 @@ class NF4Linear(nn.Linear):
             [N, K].
 
         Raises:
-            RuntimeError: if the layer is empty.
+            RuntimeError: if the layer is empty, or sharded.
         """
         self._check_not_empty()
+        if self.sharded:
+            raise RuntimeError(
+                f"NF4Linear({self.in_features}, {self.out_features}): this rank has a part of the weight only; call "
+                "unshard() of the FSDPModule that it belongs to before"
+            )
         return functional.dequantize_nf4(self.quantized, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -212,9 +241,33 @@ class NF4Linear(nn.Linear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self._parameters[_NESTED_ABSMAX] is not None}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, "
             f"dtype={dtype_name(self.quantized_dtype)}"
         )
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As for any module; of a sharded layer also what its state dict has beside the weight.
+
+        torch.distributed asks each module for its buffers and Parameters, and sends a state dict that one rank has to
+        the others by these names.
+        """
+        yield from super().named_buffers(*args, **kwargs)
+        if self.sharded:
+            prefix = kwargs.get("prefix", args[0] if args else "")
+            for key, t in layout.to_state_dict(self.quantized).items():
+                if key != layout.WEIGHT:
+                    yield f"{prefix}.{key}" if prefix else key, t.to(self.weight.device)
+
+    def state_dict_keys(self) -> dict[str, list[str]]:
+        """By name of each Parameter that holds scales: the keys of the state dict that say the same."""
+        keys = {_ABSMAX: [layout.ABSMAX, layout.QUANT_MAP, layout.QUANT_STATE]}
+        return keys | {_NESTED_ABSMAX: list(layout.NESTED_KEYS)} if self.double_quant else keys
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed, which follows a key such as weight.absmax attribute by attribute: where it leads."""
+        return {"weight": "_keys"}
+
+    _keys = layout.KEYS_AS_ATTRIBUTES
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         state = layout.to_state_dict(self.quantized)
@@ -238,7 +291,8 @@ class NF4Linear(nn.Linear):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        known = {*layout.KEYS, *layout.NESTED_KEYS, layout.FP4_QUANT_STATE, "bias"}
+        # torch.distributed adds a model's own Parameters to a full state dict that it is given.
+        known = {*layout.KEYS, *layout.NESTED_KEYS, layout.FP4_QUANT_STATE, _ABSMAX, _NESTED_ABSMAX, "bias"}
         if strict:
             unexpected_keys += [prefix + k for k in own if k not in known]
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
@@ -259,8 +313,10 @@ class NF4Linear(nn.Linear):
         if errors or half_a_weight:
             return
         if q is not None:
-            self.quantized = q if assign or self.weight.is_meta else _copy_to(q, self.weight.device)
+            self.quantized = q if assign or self.sharded or self.weight.is_meta else _copy_to(q, self.weight.device)
         if self.bias is not None and bias is not None:
+            if is_sharded(self.bias):
+                bias = sharded_as(bias, self.bias)
             if assign or self.bias.is_meta:
                 self.bias = nn.Parameter(bias.detach(), requires_grad=self.bias.requires_grad)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ FP4_QUANT_STATE = "weight.quant_state.bitsandbytes__fp4"
 
 KEYS = (WEIGHT, ABSMAX, QUANT_MAP, QUANT_STATE)  # every state dict has them
 NESTED_KEYS = (NESTED_ABSMAX, NESTED_QUANT_MAP)  # a double-quantized one has these too
+
+_WEIGHT_KEYS = (ABSMAX, QUANT_MAP, *NESTED_KEYS)
+_, _WEIGHT_QUANT_STATE, _FORMAT = QUANT_STATE.split(".")
+KEYS_AS_ATTRIBUTES = SimpleNamespace(
+    weight=SimpleNamespace(
+        **{key.partition(".")[2]: None for key in _WEIGHT_KEYS},
+        **{_WEIGHT_QUANT_STATE: SimpleNamespace(**{_FORMAT: None})},
+    )
+)
 
 _DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
@@ -101,7 +111,7 @@ def from_state_dict(state: Mapping[str, Tensor]) -> NF4Tensor:
         _check_code_book(NESTED_QUANT_MAP, state[NESTED_QUANT_MAP], dynamic_map(True))
         offset = torch.tensor(fields["nested_offset"], dtype=torch.float32, device=packed.device)
     q = NF4Tensor(
-        packed.reshape(-1, 1),
+        packed if packed.dim() == 2 and packed.shape[1] == 1 else packed.reshape(-1, 1),
         state[ABSMAX].contiguous(),
         tuple(fields["shape"]),
         _DTYPES[fields["dtype"]],

@@ -87,6 +87,7 @@ def _share(quantized: NF4Linear, linear: Any) -> NF4Linear:
     for key, parameter in quantized._parameters.items():
         if key != "bias":
             layer._parameters[key] = parameter
+    layer._buffers.update(quantized._buffers)
     return layer
 
 

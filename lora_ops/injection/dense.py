@@ -199,7 +199,12 @@ def model_bytes(model: Any, reasons: Mapping[nn.Parameter, Reason] | None = None
     reasons = dense_reasons(root) if reasons is None else reasons
     adapters = adapter_parameters(model)
     linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    nf4 = {p for m in linears for key, p in m._parameters.items() if p is not None and key != "bias"}
+    nf4 = {
+        t
+        for m in linears
+        for key, t in [*m._parameters.items(), *m._buffers.items()]
+        if t is not None and key != "bias"
+    }
     weights = {m.weight: m for m in linears}
     before = sum(m.in_features * m.out_features * m.quantized_dtype.itemsize for m in weights.values())
     groups: dict[Reason, dict[str, int]] = {}
@@ -207,7 +212,8 @@ def model_bytes(model: Any, reasons: Mapping[nn.Parameter, Reason] | None = None
         if p not in nf4 and p not in adapters:
             groups.setdefault(reasons.get(p, NOT_QUANTIZED), {})[name] = p.nbytes
     for name, buffer in model.named_buffers():
-        groups.setdefault(Reason("buffers", True), {})[name] = buffer.nbytes
+        if buffer not in nf4:
+            groups.setdefault(Reason("buffers", True), {})[name] = buffer.nbytes
     rows = [DenseWeights(*reason, tuple(names), sum(names.values())) for reason, names in groups.items()]
     rows.sort(key=lambda row: (row.by_design, -row.nbytes))
     return ModelBytes(sum(p.nbytes for p in nf4), before, sum(p.nbytes for p in adapters), tuple(rows))

@@ -75,6 +75,7 @@ def inject(
     import peft
 
     from lora_ops.injection import convert, describe, methods, peft_layers, reads
+    from lora_ops.injection.state_dict import know_nf4_parameters
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -123,6 +124,7 @@ def inject(
     if type(model.base_model) is peft.tuners.lora.LoraModel:
         model.base_model.__class__ = peft_layers.LoraModel
     describe.describe(model)
+    know_nf4_parameters(model)
     warn_slow_16bit(model)
     return model
 

@@ -34,6 +34,7 @@ def quantize(model: nn.Module, *, quantize: str = "nf4") -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from lora_ops.injection import convert, describe
+    from lora_ops.injection.state_dict import know_nf4_parameters
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -46,4 +47,5 @@ def quantize(model: nn.Module, *, quantize: str = "nf4") -> nn.Module:
         )
     convert.convert_bases(model.requires_grad_(False), quantize)
     describe.describe(model)
+    know_nf4_parameters(model)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lora_ops._checks import dtype_name
 from lora_ops._dispatch import OPS, BackendError
 from lora_ops.injection.dense import ModelBytes, model_bytes
+from lora_ops.injection.gathered import as_gathered, under_fsdp2
 from lora_ops.injection.reads import weight_reads
 from lora_ops.nn import LoRALinear, NF4Linear, weight_of
 
@@ -85,17 +87,20 @@ def injection_report(model: nn.Module) -> InjectionReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    sharded = under_fsdp2(model)
     rows: dict[nn.Module, LayerReport] = {}
     inside = ""  # the layer whose parts are part of its row, but for adapters on them
     for name, module in model.named_modules():
         if inside and name.startswith(inside) and not hasattr(module, "get_base_layer"):
             continue
-        row = _row(name, module)
+        with as_gathered(module) if sharded and _has_row(module) else nullcontext():
+            row = _row(name, module)
         if row is not None:
             rows[module] = row
             inside = name + "."
     _find_adapters_without_effect(model, rows)
-    return InjectionReport(rows.values(), model_bytes(model))
+    with as_gathered(model, "meta"):
+        return InjectionReport(rows.values(), model_bytes(model))
 
 
 def _find_adapters_without_effect(model: Any, rows: dict[nn.Module, LayerReport]) -> None:
@@ -119,6 +124,12 @@ def _traced() -> bool:
     return peft_layers.traced
 
 
+def _has_row(module: Any) -> bool:
+    # A model without PEFT's layers is reported without importing PEFT.
+    peft_layer = hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+    return isinstance(module, (NF4Linear, LoRALinear)) or peft_layer
+
+
 def _row(name: str, module: Any) -> LayerReport | None:
     if isinstance(module, NF4Linear):
         return _served(name, "NF4Linear", _backend(module, None, None), "nf4")
@@ -126,8 +137,7 @@ def _row(name: str, module: Any) -> LayerReport | None:
         base = module.base_layer
         served = _backend(base, module.lora_A.weight, module.lora_B.weight)
         return _served(name, "LoRALinear", served, _weight_format(module, base))
-    # A model without PEFT's layers is reported without importing PEFT.
-    if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
+    if not _has_row(module):
         return None
     from lora_ops.injection import peft_layers
 

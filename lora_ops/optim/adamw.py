@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lora_ops._sharding import is_sharded, local, shard_number, sharded_as
 from lora_ops.kernels.adamw import Again, Table, constants
 from lora_ops.optim import checkpoint, statedict
 from lora_ops.optim.errors import PagingError
+from lora_ops.optim.groups import with_32bit_groups
 from lora_ops.optim.layout import effective_bits
 from lora_ops.optim.memory import check_extents, choose_extent_bytes, parse_bytes
 from lora_ops.optim.pages import Pager
@@ -46,6 +48,8 @@ class AdamW(torch.optim.Optimizer):
         params: parameters or groups, as torch takes them; a group may have its own lr, betas, eps, weight_decay,
             maximize and state_bits. Dtypes float32, bfloat16 and float16; states are always float32 or 8-bit codes.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        params_32bit: parameters whose states keep 32 bits, whatever `state_bits` says; those of a group that has others
+            as well become a group of their own, after the given ones.
         state_bits: 32, or 8: codes of `quantize_blockwise8` in blocks of 256, exactly nearest, the signed map for m
             and the unsigned one for v; tensors under 4096 elements keep 32 bits.
         page_budget: bytes, or a string such as "2GiB", that the states may take in the fast tier: RAM for parameters
@@ -76,6 +80,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         state_bits: int = 32,
+        params_32bit: Iterable[Tensor] = (),
         page_budget: int | str | None = None,
         page_dir: str | os.PathLike[str] | None = None,
         host_budget: int | str | None = None,
@@ -101,6 +106,7 @@ class AdamW(torch.optim.Optimizer):
         _import_dynamo()
         betas = tuple(betas) if isinstance(betas, list) else betas
         hyperparameters = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        params = with_32bit_groups(params, params_32bit)
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
         self._store: ResidentStates | PagedStates = ResidentStates()
         if budget is not None:
@@ -185,8 +191,9 @@ class AdamW(torch.optim.Optimizer):
         with self._failing("a step"):
             self._store.step(jobs, rows, self._seed)
             for p, job in zip(params, jobs, strict=True):
-                if job.param.data_ptr() != p.data_ptr():  # a contiguous copy
-                    p.copy_(job.param.view(p.shape))
+                own = local(p)
+                if job.param.data_ptr() != own.data_ptr():  # a contiguous copy
+                    own.copy_(job.param.view(own.shape))
                 self.state[p]["step"] = job.step
             increment_version(params)
         self._note_routine(params, jobs)
@@ -195,7 +202,7 @@ class AdamW(torch.optim.Optimizer):
     def _note_routine(self, params: list[Tensor], jobs: list[Job]) -> None:
         """After two steps with gradients for the same parameters, lay out the next one."""
         pattern, self._pattern = self._pattern, [job.index for job in jobs]
-        if pattern != self._pattern:
+        if pattern != self._pattern or any(map(is_sharded, self._params())):  # addresses are a plain tensor's
             return
         for p, job in zip(params, jobs, strict=True):
             in_place = p.grad is not None and job.grad.data_ptr() == p.grad.data_ptr()
@@ -281,7 +288,7 @@ class AdamW(torch.optim.Optimizer):
                 index += 1
                 if p.grad is None:
                     continue
-                _check_grad(index, p)
+                grad = _local_grad(index, p)
                 if index not in self._owners:
                     specs.append(self._spec(index, p, group["state_bits"]))
                 step = self.state[p].get("step", 0) + 1
@@ -289,7 +296,8 @@ class AdamW(torch.optim.Optimizer):
                     row_of[step] = len(rows)
                     rows.append(_constants(step, group))
                 params.append(p)
-                jobs.append(Job(index, _flat(p), _flat(p.grad), row_of[step], step))
+                stream = index + (shard_number(p) << 20 if is_sharded(p) else 0)
+                jobs.append(Job(index, _flat(local(p)), _flat(grad), row_of[step], step, stream))
         if specs:
             self._store.add(specs)
             members = self._params()
@@ -313,7 +321,7 @@ class AdamW(torch.optim.Optimizer):
         sink = statedict.FileBackedSink(self._folder()) if self.page_budget is not None else statedict.TensorSink()
         self._store.drain(sink)
         state = {
-            index: statedict.entry(self.state[p]["step"], sink.tensors(index), p.shape)
+            index: statedict.entry(self.state[p]["step"], sink.tensors(index), p)
             for index, p in sorted(self._owners.items())
         }
         packed = {"state": state, "param_groups": statedict.packed_groups(self.param_groups)}
@@ -353,6 +361,7 @@ class AdamW(torch.optim.Optimizer):
             PagingError: if it cannot be written; an earlier file at `path` is untouched.
         """
         self._check_usable()
+        self._check_whole("save_checkpoint")
         self._follow()
         steps = {i: self.state[p]["step"] for i, p in sorted(self._owners.items())}
         extra = {f"param.{i}": p.detach() for i, p in enumerate(self._params())} if params else {}
@@ -365,6 +374,7 @@ class AdamW(torch.optim.Optimizer):
             PagingError: if the file is missing, truncated or corrupted; nothing is changed then.
             ValueError: if groups or shapes do not fit; nothing is changed then.
         """
+        self._check_whole("load_checkpoint")
         with checkpoint.CheckpointFile(Path(path)) as file:
             groups = statedict.matched_groups(self.param_groups, file.param_groups)
             file.check(self._params())
@@ -412,7 +422,8 @@ class AdamW(torch.optim.Optimizer):
     def _spec(self, index: int, p: Tensor, bits: int) -> Spec:
         if self._page_device is not None and p.device != self._page_device:
             raise ValueError(f"parameter {index}: expected on {self._page_device} like its pages, got {p.device}")
-        return Spec(index, p.numel(), effective_bits(p.numel(), bits), p.device)
+        # The bits go by the whole parameter, or ranks with a small part would save states of another kind.
+        return Spec(index, local(p).numel(), effective_bits(p.numel(), bits), p.device)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -420,6 +431,13 @@ class AdamW(torch.optim.Optimizer):
     def _folder(self) -> Path | None:
         """The folder that the pages are in, or None."""
         return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
+
+    def _check_whole(self, what: str) -> None:
+        if any(map(is_sharded, self._params())):
+            raise ValueError(
+                f"{what}: expected plain parameters, got sharded ones (DTensor), of which each rank has a part: use "
+                "torch.distributed.checkpoint with get_optimizer_state_dict and set_optimizer_state_dict"
+            )
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -470,11 +488,16 @@ def _flat(t: Tensor) -> Tensor:
     return t.detach().reshape(-1).contiguous()
 
 
-def _check_grad(index: int, p: Tensor) -> None:
+def _local_grad(index: int, p: Tensor) -> Tensor:
+    """The checked gradient; of a sharded parameter this rank's part of it."""
     grad = p.grad
     if grad is None or grad.is_sparse or grad.dtype not in _DTYPES:
         kind = "none" if grad is None else "a sparse one" if grad.is_sparse else str(grad.dtype)
         raise ValueError(f"parameter {index}: expected a dense gradient of {_names(_DTYPES)}, got {kind}")
+    if is_sharded(grad) != is_sharded(p):
+        expected, got = ("a DTensor", "a plain tensor") if is_sharded(p) else ("a plain tensor", "a DTensor")
+        raise ValueError(f"parameter {index}: expected {expected} as gradient, as the parameter is one, got {got}")
+    return local(sharded_as(grad, p)) if is_sharded(p) else grad
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -500,6 +523,8 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"params: expected dtype {_names(_DTYPES)}, got {_names([p.dtype])}")
         if p.layout is not torch.strided:
             raise ValueError(f"params: expected dense tensors, got layout {p.layout}")
+        if is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"params: expected DTensors that are sharded or replicated, got {p.placements}")
 
 
 def _number(name: str, value: Any) -> float:

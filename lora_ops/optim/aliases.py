@@ -19,7 +19,8 @@ class AdamW8bit(AdamW):
     - A NaN or inf makes the block of 256 NaN at the next step; there it stays in one element.
     - bfloat16 parameters may be rounded stochastically.
     - Any device, in 32 bits as well; amsgrad and gradients in sparse tensors are refused.
-    - `optim_bits` is `state_bits`, also of a group, which serves for its GlobalOptimManager. `min_8bit_size` is 4096.
+    - `optim_bits` is `state_bits`, also of a group, and `params_32bit` serves for its GlobalOptimManager:
+      `params_32bit=lora_ops.optim.embedding_weights(model)`. `min_8bit_size` is 4096.
     - Pages have a byte budget, on the CPU too, and a resumed optimizer is still paged. `is_paged` is managed memory, on
       GPUs alone.
     - State dicts have torch's layout: exp_avg and exp_avg_sq, as codes with exp_avg_absmax and exp_avg_sq_absmax, not
@@ -42,3 +43,8 @@ class PagedAdamW8bit(AdamW):
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(params, *args, **{"state_bits": 8, "page_budget": DEFAULT_BUDGET, **kwargs})
+
+
+# By these names PEFT's LoRA+ knows bitsandbytes' classes, and asks for bitsandbytes to give it their embeddings.
+AdamW8bit.__name__ = "AdamW_8bit"
+PagedAdamW8bit.__name__ = "PagedAdamW_8bit"

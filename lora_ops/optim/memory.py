@@ -10,6 +10,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from lora_ops._sharding import local
 from lora_ops.optim.layout import Packer, effective_bits, state_bytes
 
 MIN_EXTENT = 64 << 10
@@ -64,11 +65,13 @@ def check_extents(page_budget: int, extent_bytes: int) -> None:
         )
 
 
-def _numel(p: Tensor | int) -> int:
-    n = p.numel() if isinstance(p, Tensor) else p
-    if not isinstance(n, Integral) or n < 0:
+def _numel(p: Tensor | int, bits: int) -> tuple[int, int]:
+    """Elements that have their states here, and the bits of these."""
+    if isinstance(p, Tensor):
+        return local(p).numel(), effective_bits(p.numel(), bits)
+    if not isinstance(p, Integral) or p < 0:
         raise ValueError(f"params: expected tensors or numbers of elements, got {p!r}")
-    return int(n)
+    return int(p), effective_bits(int(p), bits)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def optimizer_memory(
     """What AdamW's states will need, with and without paging; nothing is allocated.
 
     Args:
-        params: the trained parameters, or their numbers of elements.
+        params: the trained parameters, or their numbers of elements. Of a sharded one (DTensor) this rank's part
+            counts.
         state_bits: 32 or 8; tensors under 4096 elements count with 32.
         page_budget, extent_bytes: as for `AdamW`.
         device: "cpu" or "cuda", where the parameters will be: how large extents are by themselves goes by it.
@@ -116,16 +120,16 @@ def optimizer_memory(
         raise ValueError(f"device: expected one of {', '.join(MAX_EXTENT)}, got {str(device)!r}")
     if isinstance(params, Tensor):
         raise TypeError("params: expected several tensors or numbers of elements, got one tensor")
-    numels = [_numel(p) for p in params]
+    numels = [_numel(p, state_bits) for p in params]
     if page_budget is None:
-        states = sum(state_bytes(n, effective_bits(n, state_bits)) for n in numels)
+        states = sum(state_bytes(n, bits) for n, bits in numels)
         return OptimizerMemory(states, states, 0, 0, 0)
     budget = parse_bytes("page_budget", page_budget)
     extent = choose_extent_bytes(budget, kind) if extent_bytes is None else extent_bytes
     check_extents(budget, extent)
     packer = Packer(extent)
-    for n in numels:
-        packer.place(n, effective_bits(n, state_bits))
+    for n, bits in numels:
+        packer.place(n, bits)
     frames = budget // extent
     fast = min(frames, packer.n_extents) * extent
     slow = packer.n_extents * extent if packer.n_extents > frames else 0

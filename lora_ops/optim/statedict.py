@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lora_ops.optim.buffers import bytes_of, write_all
 from lora_ops.optim.errors import PagingError
-from lora_ops.optim.layout import BLOCK_SIZE, States, part_numel
+from lora_ops.optim.layout import BLOCK_SIZE, States
+from lora_ops.optim.shards import own_part, shaped, state_shape
 
 
-def entry(step: int, tensors: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+def entry(step: int, tensors: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """The state of one parameter; torch keeps the step in a tensor."""
-    shaped = {name: t if name.endswith("absmax") else t.view(shape) for name, t in tensors.items()}
-    return {"step": torch.tensor(float(step)), **shaped}
+    return {"step": torch.tensor(float(step)), **{name: shaped(name, t, param) for name, t in tensors.items()}}
 
 
 def packed_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -49,6 +49,13 @@ def matched_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> li
     sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (own, saved))
     if sizes != saved_sizes:
         raise ValueError(f"state_dict: expected groups of {sizes} parameters, got {saved_sizes}")
+    for i, (mine, its) in enumerate(zip(own, saved, strict=True)):
+        names, saved_names = (list(group.get("param_names") or ()) for group in (mine, its))
+        if names != saved_names and sorted(names) == sorted(saved_names):
+            raise ValueError(
+                f"state_dict: group {i}: expected the parameters {names}, got {saved_names}: states go by order, so "
+                "give the optimizer the parameters in the order of the saved ones"
+            )
     if any(group.get("amsgrad") for group in saved):
         raise ValueError("state_dict: amsgrad is not supported")
     if any(group.get("decoupled_weight_decay") is False and group.get("weight_decay") for group in saved):
@@ -115,7 +122,11 @@ class FileBackedSink:
         """The tensors of a parameter, flat; the files' names are gone afterwards."""
         found = {}
         for name, (path, dtype, size) in self._parts.pop(index).items():
-            found[name] = torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0)
+            found[name] = (
+                torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+                if size
+                else torch.empty(0, dtype=dtype)
+            )
             path.unlink()
         return found
 
@@ -133,6 +144,10 @@ class TensorSource:
 
     def __init__(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> None:
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if others := [i for i in state_dict["state"] if i not in set(saved_ids)]:
+            raise ValueError(
+                f"state_dict: expected states of parameters in param_groups, got some of {others[:3]} as well"
+            )
         self._states: dict[int, States] = {}
         self.steps: dict[int, int] = {}
         for index, saved_id in enumerate(saved_ids):
@@ -160,7 +175,10 @@ def _states_of(index: int, saved: dict[str, Any], param: Tensor) -> States:
         if name not in saved:
             raise ValueError(f"state_dict: parameter {index} has 8-bit codes and no {name}")
         _check_part(f"state_dict: parameter {index}: {name}", saved[name], name, param, coded)
-    return States(*(saved[name].detach().reshape(-1) for name in names))
+    try:
+        return States(*(own_part(name, saved[name], param) for name in names))
+    except ValueError as error:
+        raise ValueError(f"state_dict: parameter {index}: {error}") from None
 
 
 def _check_part(where: str, t: Any, name: str, param: Tensor, coded: bool) -> None:
@@ -170,9 +188,11 @@ def _check_part(where: str, t: Any, name: str, param: Tensor, coded: bool) -> No
         )
     if (t.dtype != torch.uint8) if coded and not name.endswith("absmax") else not t.is_floating_point():
         raise ValueError(f"{where}: expected {'uint8' if coded else 'floating'} values, got {t.dtype}")
-    expected = (part_numel(name, param.numel()),) if name.endswith("absmax") else tuple(param.shape)
+    expected = state_shape(name, param)
     if tuple(t.shape) != expected:
-        raise ValueError(f"{where}: expected shape {expected}, got {tuple(t.shape)}")
+        blocks = "; 8-bit states load on as many ranks as they were saved on: save them with state_bits=32 for others"
+        hint = blocks if name.endswith("absmax") and (t.dim() > 1 or len(expected) > 1) else ""
+        raise ValueError(f"{where}: expected shape {expected}, got {tuple(t.shape)}{hint}")
 
 
 def _step(index: int, step: Any) -> int:

@@ -32,13 +32,15 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One parameter's part of a step: flat contiguous param and grad, row of the constants, the step's number."""
+    """One parameter's part of a step: flat contiguous param and grad, row of the constants, the step's number, and
+    the stream of random bits."""
 
     index: int
     param: Tensor
     grad: Tensor
     row: int
     step: int
+    stream: int
 
 
 class Source(Protocol):
@@ -128,6 +130,7 @@ class PagedStates:
         self.pager = pager
         self.extent_bytes = extent_bytes
         self.segments: dict[int, list[Segment]] = {}
+        self._bits: dict[int, int] = {}
         self._packer = Packer(extent_bytes)
         self._views: dict[tuple[int, int], tuple[Tensor, States]] = {}
         # Room of forgotten parameters, by size and bits.
@@ -156,6 +159,7 @@ class PagedStates:
         self._packer = packer
         self._spare = defaultdict(list, spare)
         self.segments.update(placed)
+        self._bits.update((spec.index, spec.bits) for spec in specs)
 
     def _zero(self, segments: Sequence[Segment]) -> None:
         parts: dict[int, list[Segment]] = defaultdict(list)
@@ -240,7 +244,7 @@ class PagedStates:
                     sink.write(index, s.first, self._states(index, s, frame))
         for index, segments in self.segments.items():
             if not segments:  # a parameter without elements has a state all the same
-                sink.write(index, 0, new_states(0, 32, torch.device("cpu")))
+                sink.write(index, 0, new_states(0, self._bits[index], torch.device("cpu")))
 
     def runs(self) -> Iterator[tuple[int, int, int, int]]:
         """(index, first, n, bits) of every call that `drain` makes."""
@@ -248,11 +252,12 @@ class PagedStates:
             for s in segments:
                 yield index, s.first, s.n, s.bits
             if not segments:
-                yield index, 0, 0, 32
+                yield index, 0, 0, self._bits[index]
 
     def rename(self, numbers: Mapping[int, int | None]) -> None:
         """Give every parameter another number; those with None are forgotten, and their room serves for others."""
         before, self.segments, self._views = self.segments, {}, {}
+        self._bits = {new: self._bits[old] for old, new in numbers.items() if new is not None}
         for old, new in numbers.items():
             segments = before[old]
             if new is not None:
@@ -264,6 +269,7 @@ class PagedStates:
         """Forget every parameter; frames and file are kept."""
         self.pager.reset()
         self.segments = {}
+        self._bits = {}
         self._packer = Packer(self.extent_bytes)
         self._views = {}
         self._spare = defaultdict(list)
@@ -304,5 +310,5 @@ def _part(job: Job, s: Segment, states: States) -> Slice:
 def _slice(job: Job, param: Tensor, grad: Tensor, s: States, first: int) -> Slice:
     return Slice(
         param, grad, s.exp_avg, s.exp_avg_sq, s.exp_avg_absmax, s.exp_avg_sq_absmax,
-        job.row, job.index, job.step, first,
+        job.row, job.stream, job.step, first,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_ops.optim import AdamW
 from lora_ops.trainer._files import replacing_files_in
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
 from lora_ops.trainer._say import is_first_process, one_line, warn
@@ -132,7 +133,7 @@ def _trl_config(args: SFTArguments, max_length: int) -> Any:
     )
 
 
-def _optimizer(args: SFTArguments) -> tuple[type, dict[str, Any]] | None:
+def _optimizer(args: SFTArguments, model: PreTrainedModel) -> tuple[type, dict[str, Any]] | None:
     """Our AdamW for the names that transformers leaves to bitsandbytes, and for any AdamW in pages; else None."""
     from lora_ops.optim.huggingface import trainer_optimizer
 
@@ -141,6 +142,7 @@ def _optimizer(args: SFTArguments) -> tuple[type, dict[str, Any]] | None:
     return trainer_optimizer(
         args.optim,
         lr=args.learning_rate,
+        model=model,
         page_budget=args.page_budget,
         page_dir=args.page_dir,
         host_budget=args.host_budget,
@@ -194,7 +196,7 @@ def train(
         paging = optimizer.paging_stats() if args.pages() else None
     finally:
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        if _optimizer(args) is not None and optimizer is not None:
+        if isinstance(optimizer, AdamW):
             optimizer.close()  # its page_dir is free for the next run
     _save(trainer, args)
     return SFTResult(
@@ -235,7 +237,7 @@ def _trainer(
         train_dataset=data,
         processing_class=tokenizer,
         callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=_optimizer(args),
+        optimizer_cls_and_kwargs=_optimizer(args, model),
     )
     if args.packing:
         require_isolation(trainer)

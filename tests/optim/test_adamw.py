@@ -338,3 +338,20 @@ def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, Any], messa
         optimizer.load_state_dict({"param_groups": state["param_groups"]})
     assert all(torch.equal(t, before[name]) for name, t in optimizer.state_dict()["state"][0].items())
     optimizer.step()
+
+
+def test_states_that_would_be_lost_or_swapped_are_refused() -> None:
+    """States of parameters that no group has, and those of named parameters in another order."""
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    a.grad, b.grad = torch.ones(3), -torch.ones(3)
+    optimizer = AdamW([("a", a), ("b", b)])
+    optimizer.step()
+    state = optimizer.state_dict()
+    with pytest.raises(
+        ValueError, match=r"group 0: expected the parameters \['b', 'a'\], got \['a', 'b'\]: states go by"
+    ):
+        AdamW([("b", b), ("a", a)]).load_state_dict(state)
+    AdamW([("x", b), ("y", a)]).load_state_dict(state)  # others' names: a state of another model's
+    state["state"][7] = state["state"][0]
+    with pytest.raises(ValueError, match=r"expected states of parameters in param_groups, got some of \[7\] as well"):
+        optimizer.load_state_dict(state)
