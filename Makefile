@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sweep faults triton native cuda sanitize clean
+.PHONY: help demo test lint format bench sweep peers faults triton native cuda sanitize clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ bench: $(VENV)/.bench ## time every op against dense torch, PEFT, bitsandbytes a
 
 sweep: $(VENV)/.test ## inject every family of transformers, tiny, against stock PEFT; writes docs/sweep.md (10 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep $(ARGS)
+
+peers: $(VENV)/.test ## PEFT's own offline LoRA tests with inject behind its API (30 minutes)
+	$(BIN)/python -m tests.peers $(ARGS)
 
 faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
 	$(BIN)/python -m tests.optim.crash --rounds 200
