@@ -26,6 +26,7 @@ from tests.sweep.tiny import build
 # two layers. The faults that the sweep looks for (a layer that is left out, a wrong scale) are over 1e-2.
 TOLERANCE = 1e-3
 AMPLIFIED = 4.0  # times stock PEFT's own distance from float64, where a model amplifies rounding
+CHAOS = 0.1  # stock PEFT's own distance from float64 beyond which float32 says nothing
 RANK = 4
 
 
@@ -88,7 +89,8 @@ def output_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def _compare(model: PreTrainedModel, batch: dict[str, Any], quantize: str | None) -> Outcome:
     base = copy.deepcopy(model)
     with _heard() as said:
-        torch.manual_seed(0)  # the same adapters each time: one draw in hundreds stands on the edge of a ReLU
+        # The same adapters each time. With 0 one of fsmt's sums stands on the edge of a ReLU, and it has no float64.
+        torch.manual_seed(1)
         try:
             ours = lora_ops.inject(model, r=RANK, quantize=quantize, init_lora_weights=False).eval()
         except (ValueError, TypeError, lora_ops.injection.InjectionError) as error:
@@ -111,7 +113,8 @@ def _compare(model: PreTrainedModel, batch: dict[str, Any], quantize: str | None
     except Exception as error:
         outcome.verdict, outcome.detail = "error", f"stock PEFT: {_line(error)}"
         return outcome
-    if difference := _difference(got, want, lambda: _step(stock.double(), _doubled(batch))):
+    exact = lambda: tuple(_step(copy.deepcopy(m).double(), _doubled(batch)) for m in (ours, stock))  # noqa: E731
+    if difference := _difference(got, want, exact):
         outcome.verdict, outcome.detail = "differs", difference
     elif unsaid := _unsaid(ours, quantize, called, said):
         outcome.verdict, outcome.detail = "silent", unsaid
@@ -132,20 +135,26 @@ def _doubled(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
-def _difference(got: Step, want: Step, truth: Callable[[], Step]) -> str:
-    """What of `got` is further from stock PEFT's `want` than float32 explains, or ""."""
+def _difference(got: Step, want: Step, exact: Callable[[], tuple[Step, ...]]) -> str:
+    """What of `got` is further from stock PEFT's `want` than rounding explains, or "".
+
+    Where float32 leaves a doubt, both are compared as `exact`, in float64: some models amplify rounding until nothing
+    of a gradient is left in float32, in stock PEFT too.
+    """
     if got.y.shape != want.y.shape:
         return f"output of shape {tuple(got.y.shape)}, expected {tuple(want.y.shape)}"
     if lost := [n for n in want.grads if n not in got.grads]:
         return f"no gradient: {lost[0]} and {len(lost) - 1} more"
-    if got.distance(want) <= TOLERANCE:
+    if (distance := got.distance(want)) <= TOLERANCE:
         return ""
     try:
-        exact = truth()  # a model that amplifies rounding does so in stock PEFT as well
+        ours, theirs = exact()
     except Exception as error:
-        return f"{got.distance(want):.1e} from stock PEFT, and it has no float64: {_line(error)}"
-    ours, theirs = got.distance(exact), want.distance(exact)
-    return "" if ours <= AMPLIFIED * theirs else f"{ours:.1e} from float64, stock PEFT {theirs:.1e}"
+        return f"{distance:.1e} from stock PEFT, and the model has no float64: {_line(error)}"
+    rounding, remains = want.distance(theirs), ours.distance(theirs)
+    if remains <= TOLERANCE and (rounding > CHAOS or got.distance(theirs) <= AMPLIFIED * rounding):
+        return ""
+    return f"{distance:.1e} from stock PEFT, {remains:.1e} in float64"
 
 
 def _unsaid(ours: Any, quantize: str | None, called: set[str], said: list[str]) -> str:
