@@ -39,6 +39,7 @@ constexpr int64_t kFewRowsOfS = 8;             // the same where it computes S a
 constexpr int64_t kPrefetchRows = 8;           // how far ahead rows of y are fetched
 constexpr int64_t kGroups = 8;                 // parts of the sum over n in dS, each of one thread
 constexpr int64_t kSuperRows = 8 * kTileRows;  // rows between two barriers of the backward
+constexpr int64_t kSupers = 16;                // of them in a part of dbias
 
 inline int thread_number() {
 #if defined(_OPENMP)
@@ -103,15 +104,17 @@ struct Lora {
         uint32_t* tile;   // [kTileRows, kTileElements]: a tile, pairs along its rows
         uint32_t* pairs;  // [kTileRows / kPair, kPairsRow]: a tile, pairs along its columns
         float* sums;      // [kTileRows, lanes]
+        float* parts;     // [part_rows, kTileColumns]: what the present kSuperRows add to dA or dB
         uint32_t* left;   // [kTileRows, lanes / kPair]
         uint8_t* bits;    // [kTileRows, kMaskBytes]
 
-        size_t place(void* memory, int64_t lanes) {
+        size_t place(void* memory, int64_t lanes, int64_t part_rows = 0) {
             Arena arena(memory);
             tile = arena.take<uint32_t>(kTileRows * kTileElements);
             // Single floats are the same either way.
             pairs = kPair == 1 ? tile : arena.take<uint32_t>(kTileRows / kPair * kPairsRow);
             sums = arena.take<float>(kTileRows * lanes);
+            parts = arena.take<float>(part_rows * kTileColumns);
             left = arena.take<uint32_t>(kTileRows * lanes / kPair);
             bits = arena.take<uint8_t>(kTileRows * kMaskBytes);
             return arena.used();

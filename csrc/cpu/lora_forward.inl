@@ -166,7 +166,7 @@ int Lora<V>::forward(const LoraForward& f) {
                 }
                 // [rows, K] @ [K, R] -> [rows, R]
                 product<V>(padded_rows, lanes, elements(columns), my.tile, Fixed<kTileElements>(), Fixed<1>(),
-                           a_panel + c / kPair * lanes, lanes, my.sums, lanes, c > 0);
+                           a_panel + c / kPair * lanes, lanes, my.sums, lanes, c > 0, terms_at_once(k));
             }
             for (int64_t i = 0; i < rows; ++i) {
                 for (int64_t j = 0; j < r; ++j) {

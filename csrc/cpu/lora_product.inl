@@ -18,6 +18,9 @@ constexpr int64_t kBlock = 64;  // columns of C that a product handles at once
 // all terms; torch's own products are blocked, too.
 constexpr int64_t kTerms = 64;
 
+// The same for a whole sum of `terms`: torch sums short ones in several vectors, whose lanes then hold a few terms each.
+constexpr int64_t terms_at_once(int64_t terms) { return terms <= 2 * kTerms ? kTerms / 4 : kTerms; }
+
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A stride of L that the compiler knows: 16 rows need 16 addresses, more than there are registers.
@@ -63,21 +66,23 @@ inline void product_tile(int64_t count, const uint32_t* l, LI l_i, LP l_p, const
 
 template <class V, int I, int J, class LI, class LP>
 inline void product_columns(int64_t n_i, int64_t count, const uint32_t* l, LI l_i, LP l_p, const uint32_t* r,
-                            int64_t r_p, float* c, int64_t c_i, bool add) {
-    for (int64_t p = 0; p < count; p += kTerms) {
+                            int64_t r_p, float* c, int64_t c_i, bool add, int64_t at_once) {
+    for (int64_t p = 0; p < count; p += at_once) {
         for (int64_t i = 0; i < n_i; i += I) {
-            product_tile<V, I, J>(std::min(kTerms, count - p), l + i * l_i + p * l_p, l_i, l_p, r + p * r_p, r_p,
+            product_tile<V, I, J>(std::min(at_once, count - p), l + i * l_i + p * l_p, l_i, l_p, r + p * r_p, r_p,
                                   c + i * c_i, c_i, add || p > 0);
         }
     }
 }
 
-// C [n_i, n_j] (+)= L R. n_j is a multiple of kLanes, n_i one of 16, or of 4 if n_j is one of kBlock. AVX-512 tiles
+// C [n_i, n_j] (+)= L R, at_once terms in one running sum. n_j is a multiple of kLanes, n_i one of 16, or of 4 if n_j is one of kBlock. AVX-512 tiles
 // have 16 sums or more, which hides the latency of the multiply-add.
 template <class V, class LI, class LP>
 void product(int64_t n_i, int64_t n_j, int64_t count, const uint32_t* l, LI l_i, LP l_p, const uint32_t* r,
-             int64_t r_p, float* c, int64_t c_i, bool add) {
-    const auto columns = [&](auto tile, int64_t j) { tile(n_i, count, l, l_i, l_p, r + j, r_p, c + j, c_i, add); };
+             int64_t r_p, float* c, int64_t c_i, bool add, int64_t at_once = kTerms) {
+    const auto columns = [&](auto tile, int64_t j) {
+        tile(n_i, count, l, l_i, l_p, r + j, r_p, c + j, c_i, add, at_once);
+    };
     int64_t j = 0;
     if constexpr (V::kWidth == 16) {
         for (; j + 64 <= n_j; j += 64) columns(product_columns<V, 4, 4, LI, LP>, j);
@@ -87,6 +92,31 @@ void product(int64_t n_i, int64_t n_j, int64_t count, const uint32_t* l, LI l_i,
     } else {
         constexpr int kI = V::kWidth == 8 ? 4 : 2;
         for (; j < n_j; j += 16) columns(product_columns<V, kI, 16 / V::kWidth, LI, LP>, j);
+    }
+}
+
+// sums [n] (+)= the sum of the rows of x [rows, n], floats; rows and n are multiples of 16. The rows are taken in four
+// running sums, whose errors add up less than those of one.
+template <class V>
+void sum_rows(const uint32_t* x, int64_t x_row, int64_t rows, int64_t n, float* sums, bool add) {
+    for (int64_t c = 0; c < n; c += V::kWidth) {
+        typename V::F part[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+        for (int64_t i = 0; i < rows; i += 4) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) part[j] = part[j] + V::load(x + (i + j) * x_row + c);
+        }
+        const typename V::F sum = (part[0] + part[1]) + (part[2] + part[3]);
+        V::store(sums + c, add ? V::load(sums + c) + sum : sum);
+    }
+}
+
+// sums [rows, n] (+)= parts [rows, n].
+inline void add_rows(const float* parts, int64_t parts_row, int64_t rows, int64_t n, float* sums, int64_t sums_row,
+                     bool add = true) {
+    for (int64_t i = 0; i < rows; ++i) {
+        float* const to = sums + i * sums_row;
+        const float* const from = parts + i * parts_row;
+        for (int64_t c = 0; c < n; ++c) to[c] = add ? to[c] + from[c] : from[c];
     }
 }
 
