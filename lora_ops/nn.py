@@ -45,7 +45,8 @@ class NF4Linear(nn.Linear):
 
     Its state dict is that of a bitsandbytes `Linear4bit` (quant_type "nf4"), byte for byte, and it loads one. The
     constructor makes an empty layer to load such a state dict into; `from_linear` quantizes a layer. `.to(dtype)` casts
-    the bias only.
+    the bias only. The product runs in x's dtype, or in `compute_dtype` where that attribute is set, as it is on a layer
+    that was bitsandbytes' with one; y has x's dtype either way.
 
     Args:
         in_features: K.
@@ -62,6 +63,7 @@ class NF4Linear(nn.Linear):
 
     weight_absmax: nn.Parameter
     source_cls: type[nn.Module] = nn.Linear  # of the layer that was quantized; transformers' 4-bit layers keep it too
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -223,10 +225,12 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_not_empty()
+        x = in_compute_dtype(self, input)
         bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)  # the weight follows x's dtype, so its bias does too
-        return functional.nf4_linear(input, self.quantized, bias)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)  # the weight follows x's dtype, so its bias does too
+        y = functional.nf4_linear(x, self.quantized, bias)
+        return y if self.compute_dtype is None else y.to(input.dtype)
 
     def _check_not_empty(self) -> None:
         if self._empty:
@@ -243,6 +247,7 @@ class NF4Linear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_size={self.block_size}, double_quant={self.double_quant}, "
             f"dtype={dtype_name(self.quantized_dtype)}"
+            + ("" if self.compute_dtype is None else f", compute_dtype={dtype_name(self.compute_dtype)}")
         )
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
@@ -345,6 +350,12 @@ class NF4Linear(nn.Linear):
             )
             return None
         return q
+
+
+def in_compute_dtype(base: nn.Module, x: Tensor) -> Tensor:
+    """x in the dtype in which `base` multiplies it: its own, unless base is an NF4Linear with a compute_dtype."""
+    dtype = getattr(base, "compute_dtype", None)
+    return x if dtype is None or not x.dtype.is_floating_point else x.to(dtype)
 
 
 def _copy_to(q: NF4Tensor, device: torch.device) -> NF4Tensor:
@@ -472,10 +483,11 @@ class LoRALinear(nn.Module):
             return base(x)
         if isinstance(base, NF4Linear):
             base._check_not_empty()
+        dtype, x = x.dtype, in_compute_dtype(base, x)
         bias: Tensor | None = base.bias
         if bias is not None and isinstance(base, NF4Linear) and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return functional.lora_linear(
+        y = functional.lora_linear(
             x,
             base.quantized if isinstance(base, NF4Linear) else base.weight,
             self.lora_A.weight,
@@ -484,6 +496,7 @@ class LoRALinear(nn.Module):
             bias=bias,
             dropout_p=self.lora_dropout if self.training else 0.0,
         )
+        return y if getattr(base, "compute_dtype", None) is None else y.to(dtype)
 
     @property
     def merged(self) -> bool:

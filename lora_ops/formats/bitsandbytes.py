@@ -42,6 +42,25 @@ _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
 
+def is_linear4bit(module: object) -> bool:
+    """Whether `module` is a bitsandbytes 4-bit layer; told by its name, so as not to import bitsandbytes."""
+    return any(c.__name__ == "Linear4bit" and c.__module__ == "bitsandbytes.nn.modules" for c in type(module).__mro__)
+
+
+def why_not_nf4(linear4bit: Any) -> str | None:
+    """Why a bitsandbytes 4-bit layer cannot be computed with as it stands, or None if it can.
+
+    Args:
+        linear4bit: for which `is_linear4bit` holds.
+    """
+    weight = linear4bit.weight
+    if (quant_type := getattr(weight, "quant_type", None)) != "nf4":
+        return f"bitsandbytes {quant_type}: lora_ops has nf4 only; load with bnb_4bit_quant_type='nf4'"
+    if getattr(weight, "quant_state", None) is None or weight.is_meta:
+        return "a bitsandbytes layer without quantized values; load a checkpoint, or move the model to its device"
+    return None
+
+
 def to_state_dict(q: NF4Tensor) -> dict[str, Tensor]:
     """The state dict that a bitsandbytes `Linear4bit` with the weight `q` writes, in its order, without the bias.
 

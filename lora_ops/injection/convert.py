@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lora_ops.formats import bitsandbytes as layout
-from lora_ops.injection import dense
+from lora_ops.injection import dense, protect
 from lora_ops.nn import NF4Linear, is_conv1d
 
 _PROGRESS_NUMEL = 1 << 28  # a progress bar from about the size whose quantization takes seconds
@@ -27,32 +27,36 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def is_bnb_lora(layer: Any) -> bool:
-    """Whether this is plain LoRA over a bitsandbytes Linear4bit in nf4; told by names, so as not to import it."""
+    """Whether this is plain LoRA over a bitsandbytes layer in nf4, which can become ours."""
     base = layer.get_base_layer()
     return (
         type(layer).__name__ in ("Linear4bit", "Linear")
         and type(layer).__module__ in ("peft.tuners.lora.bnb", "peft.tuners.lora.layer")
-        and type(base).__name__ in ("Linear4bit", "LinearNF4")
-        and type(base).__module__ == "bitsandbytes.nn.modules"
-        and getattr(base.weight, "quant_type", None) == "nf4"
-        and getattr(base.weight, "quant_state", None) is not None
+        and layout.is_linear4bit(base)
+        and layout.why_not_nf4(base) is None
         and not layer.lora_variant
     )
 
 
-def convert_bases(model: nn.Module, quantize: str | None) -> None:
-    """Make NF4Linears of bitsandbytes' nf4 layers and, if asked, of dense ones, one after the other."""
-    for _, layer in lora_layers(model):
-        if is_bnb_lora(layer) and not layer.merged:  # only PEFT's own class can take a merged adapter out again
-            base = layer.base_layer
-            q = layout.from_state_dict(base.state_dict())
-            converted = NF4Linear.from_quantized(q, base.bias).train(base.training)
-            converted.source_cls = getattr(base, "source_cls", nn.Linear)
-            _set_base(layer, converted)
+def convert_bases(model: nn.Module, quantize: str | None, kept: Mapping[str, str]) -> None:
+    """Make NF4Linears of bitsandbytes' nf4 layers and, if asked, of dense ones, one after the other.
+
+    Args:
+        model: all of it, adapted or not, but what is trained whole.
+        quantize: None or "nf4".
+        kept: the names of modules that stay dense, and why.
+    """
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, owner, linear in list(protect.linear_layers(root)):
+        if not layout.is_linear4bit(linear) or layout.why_not_nf4(linear) is not None:
+            continue
+        # A layer with merged adapters stays PEFT's, whose class alone can take them out again.
+        if not isinstance(owner, LoraLayer) or (is_bnb_lora(owner) and not owner.merged):
+            attribute = "base_layer" if isinstance(owner, LoraLayer) else name.rpartition(".")[2]
+            _put(owner, attribute, _from_bitsandbytes(linear))
     if quantize != "nf4":
         return
-    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    reasons = dense.dense_reasons(root)
+    reasons = dense.dense_reasons(root, kept)
     todo = _quantizable(root, reasons)
     numel = sum(linear.weight.numel() for _, linear, _ in todo)
     made: dict[Any, NF4Linear] = {}  # layers that share a weight share it in NF4 too
@@ -63,14 +67,27 @@ def convert_bases(model: nn.Module, quantize: str | None) -> None:
         quantized = _share(made[key], linear) if key in made else _quantize(name, linear)
         made.setdefault(key, quantized)
         for owner, attribute in places:
-            if attribute == "base_layer" and hasattr(owner, "get_base_layer"):
-                _set_base(owner, quantized)
-            else:
-                setattr(owner, attribute, quantized)
+            _put(owner, attribute, quantized)
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True  # what models of transformers ask before they read a weight themselves
     dense.tell(root, reasons)
+
+
+def _from_bitsandbytes(linear: Any) -> NF4Linear:
+    """The same layer over the same bytes; it keeps computing in the dtype that bitsandbytes computes in."""
+    q = layout.from_state_dict(linear.state_dict())
+    nf4 = NF4Linear.from_quantized(q, linear.bias).train(linear.training)
+    nf4.source_cls = getattr(linear, "source_cls", nn.Linear)
+    nf4.compute_dtype = linear.compute_dtype
+    return nf4
+
+
+def _put(owner: Any, attribute: str, nf4: NF4Linear) -> None:
+    if attribute == "base_layer" and isinstance(owner, LoraLayer):
+        _set_base(owner, nf4)
+    else:
+        setattr(owner, attribute, nf4)
 
 
 def _quantize(name: str, linear: nn.Module) -> NF4Linear:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -62,26 +63,26 @@ def share(part: int, total: int) -> str:
     return f"{part / total:.1%}" if total else "0%"
 
 
-def dense_reasons(root: nn.Module, skipped: Callable[[str], bool] = lambda name: False) -> dict[nn.Parameter, Reason]:
+def dense_reasons(root: nn.Module, kept: Mapping[str, str] = MappingProxyType({})) -> dict[nn.Parameter, Reason]:
     """Why each frozen parameter of a model stays dense; those that NF4 can take are not among them.
 
     Args:
         root: the model, with adapters or without; not the PeftModel around it.
-        skipped: whether the user named a module as one to leave dense.
+        kept: names of modules to leave dense with all that is in them, and why.
     """
-    return _Reasons(root, skipped).reasons
+    return _Reasons(root, kept).reasons
 
 
 class _Reasons:
     """Walks through a model; a parameter with several holders stays dense if one of them needs it so."""
 
-    def __init__(self, root: Any, skipped: Callable[[str], bool]) -> None:
+    def __init__(self, root: Any, modules: Mapping[str, str]) -> None:
         self.root, self.reads = root, weight_reads(root)
         self.output = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
         kept = {*(getattr(root, "_keep_in_fp32_modules", None) or ()),
                 *(getattr(root, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
         self.kept = re.compile("|".join(rf"(^|\.)(?:{name})($|\.)" for name in sorted(kept)) or "(?!)")
-        self.skipped = skipped
+        self.modules = modules
         self.reasons: dict[nn.Parameter, Reason] = {}
         adapters = adapter_parameters(root)
         self.layers = {m.get_base_layer(): m for m in root.modules() if hasattr(m, "get_base_layer")}
@@ -106,8 +107,8 @@ class _Reasons:
             module = self.root.get_submodule(name.rpartition(".parametrizations")[0])
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         layer = self.layers.get(module, module)
-        if self.skipped(name):
-            return Reason("modules that skip_modules names", True)
+        if (above := next((n for n in enclosing(name) if n in self.modules), None)) is not None:
+            return Reason(self.modules[above], True)
         if not p.dtype.is_floating_point or type(p) is not nn.Parameter:
             return Reason(f"weights in another library's format ({type(module).__name__})", True)
         if self.output is not None and self.output in (module, layer):
@@ -133,6 +134,13 @@ class _Reasons:
 
             why = peft_layers.why_not_fusable(layer)
         return None if why is None else Reason(f"layers that NF4Linear cannot replace ({why})", False)
+
+
+def enclosing(name: str) -> Iterator[str]:
+    """The name of a module or parameter and those of all that it lies in, from the inside out."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def is_trained_whole(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -35,6 +36,7 @@ def inject(
     lora_dropout: float = 0.0,
     target_modules: str | list[str] | set[str] = "all-linear",
     quantize: str | None = None,
+    skip_modules: str | Iterable[str] | None = None,
     strict: bool = False,
     **lora_config_kwargs: Any,
 ) -> PeftModel:
@@ -53,14 +55,18 @@ def inject(
         lora_alpha: scale s = lora_alpha / r.
         lora_dropout: dropout probability of the low-rank branch, independent for each layer.
         target_modules: as in PEFT's LoraConfig: names, a regular expression, or "all-linear" for every linear layer but
-            the output embedding and those whose weight the model's own code reads instead of calling the layer.
+            the output embedding, what is trained whole, and those whose weight the model's own code reads instead of
+            calling the layer.
         quantize: "nf4" stores the weights of all linear layers in double-quantized NF4, targeted or not, except the
-            output embedding, modules that are trained whole, those that the model wants in float32
+            output embedding, modules that are trained whole, routers of experts, those that the model wants in float32
             (`_keep_in_fp32_modules`) and those whose weight the model's own code reads; what stays dense is logged.
             None leaves them.
+        skip_modules: further modules that stay out of NF4, with all that is in them: full names, last components of
+            names ("mlp.down_proj"), or regular expressions of either.
         strict: raise if a targeted layer cannot be fused or quantize="nf4" would leave dense what is neither embedding,
             norm, bias nor convolution, and not trained whole or kept in float32: before anything is quantized.
-        lora_config_kwargs: other fields of PEFT's LoraConfig.
+        lora_config_kwargs: other fields of PEFT's LoraConfig. What the model draws anew, such as a classification head,
+            is added to modules_to_save.
 
     Returns:
         The PeftModel: `model` itself if it was one.
@@ -68,57 +74,45 @@ def inject(
     Raises:
         ImportError: if peft or transformers is missing.
         TypeError: if model is not an nn.Module, or an option is not a field of LoraConfig.
-        ValueError: if an argument is not valid, or a weight that is to be quantized is not finite.
+        ValueError: if an argument is not valid, or a weight that is to be quantized is not finite, offloaded or on the
+            meta device.
         InjectionError: with `strict`, naming the layers and the reasons.
     """
     require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import convert, describe, methods, peft_layers, reads
+    from lora_ops.injection import convert, describe, heads, methods, peft_layers, protect, reads
     from lora_ops.injection.state_dict import know_nf4_parameters
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     methods.watch()
     check_quantize(quantize)
+    patterns = protect.check_skip_modules(skip_modules, quantize)
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules}
-    if isinstance(model, peft.PeftModel):
-        given = [name for name, value in options.items() if value != _DEFAULTS[name]] + list(lora_config_kwargs)
-        if given:
-            raise ValueError(
-                f"{given[0]}: the model is a PeftModel, whose adapter has its own configuration; "
-                f"inject(model) takes no {', '.join(given)} for it"
-            )
-        if not isinstance(model.base_model, peft.tuners.lora.LoraModel):
-            raise ValueError(f"model: expected a PeftModel with LoRA adapters, got {type(model.base_model).__name__}")
-        if quantize == "nf4":
-            for config in model.peft_config.values():
-                peft_layers.check_nf4_config(config, initialized=True)
-            if merged := [name for name, layer in convert.lora_layers(model) if layer.merged]:
-                raise ValueError(f"quantize: {merged[0]} has merged adapters; unmerge them first")
+    given = isinstance(model, peft.PeftModel)
+    root: Any = model
+    if given:
+        _check_given(model, quantize, [n for n, v in options.items() if v != _DEFAULTS[n]] + list(lora_config_kwargs))
+        root = root.get_base_model()
+    kept = protect.kept_dense(root, patterns) if quantize else {}
+    if quantize:
+        protect.check_quantizable(root, kept)
+    if given:
         if strict:
-            _check_strictly(model, quantize)
+            _check_strictly(model, quantize, kept)
+        heads.tell_of_frozen_heads(model)
     else:
-        if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()):
-            raise ValueError(
-                "model: expected a model without adapters, or a PeftModel; this one has LoRA layers that were added "
-                "without a PeftModel around them"
-            )
-        config = _lora_config(model, options, lora_config_kwargs)
-        has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
-        if has_nf4 or quantize == "nf4":
-            peft_layers.check_nf4_config(config, initialized=not has_nf4)
-            config._register_custom_module({NF4Linear: peft_layers.LoraNF4Linear})
-        peft_model = peft.get_peft_model(model, config)
+        adapted = _with_adapter(model, options, lora_config_kwargs, quantize)
         if strict:
             try:
-                _check_strictly(peft_model, quantize)
+                _check_strictly(adapted, quantize, kept)
             except InjectionError:
-                peft_model.unload()
+                adapted.unload()
                 raise
-        model = peft_model
+        model = adapted
     reads.tell_adapted(model)
-    convert.convert_bases(model, quantize)
+    convert.convert_bases(model, quantize, kept)
     for module in model.modules():
         peft_layers.adopt(module)
     if type(model.base_model) is peft.tuners.lora.LoraModel:
@@ -127,6 +121,47 @@ def inject(
     know_nf4_parameters(model)
     warn_slow_16bit(model)
     return model
+
+
+def _check_given(model: PeftModel, quantize: str | None, options: list[str]) -> None:
+    import peft
+
+    from lora_ops.injection import convert, peft_layers
+
+    if options:
+        raise ValueError(
+            f"{options[0]}: the model is a PeftModel, whose adapter has its own configuration; "
+            f"inject(model) takes no {', '.join(options)} for it"
+        )
+    if not isinstance(model.base_model, peft.tuners.lora.LoraModel):
+        raise ValueError(f"model: expected a PeftModel with LoRA adapters, got {type(model.base_model).__name__}")
+    if quantize == "nf4":
+        for config in model.peft_config.values():
+            peft_layers.check_nf4_config(config, initialized=True)
+        if merged := [name for name, layer in convert.lora_layers(model) if layer.merged]:
+            raise ValueError(f"quantize: {merged[0]} has merged adapters; unmerge them first")
+
+
+def _with_adapter(model: nn.Module, options: dict[str, Any], others: dict[str, Any], quantize: str | None) -> PeftModel:
+    import peft
+
+    from lora_ops.injection import heads, peft_layers, protect
+
+    if any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules()):
+        raise ValueError(
+            "model: expected a model without adapters, or a PeftModel; this one has LoRA layers that were added "
+            "without a PeftModel around them"
+        )
+    config = _lora_config(model, options, others)
+    has_nf4 = any(isinstance(m, NF4Linear) for m in model.modules())
+    if has_nf4 or quantize == "nf4":
+        peft_layers.check_nf4_config(config, initialized=not has_nf4)
+        config._register_custom_module({NF4Linear: peft_layers.LoraNF4Linear})
+    protect.check_adaptable(model, config)
+    whole = config.modules_to_save and list(config.modules_to_save)
+    peft_model = peft.get_peft_model(model, config)
+    heads.keep_only(peft_model, whole)
+    return peft_model
 
 
 def eject(model: PeftModel) -> PeftModel:
@@ -172,34 +207,26 @@ def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, An
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from lora_ops.injection import reads
+    from lora_ops.injection import heads, reads, targets
 
-    r, targets = options["r"], options["target_modules"]
+    r, target_modules = options["r"], options["target_modules"]
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r: expected an integer of at least 1, got {r!r}")
     check_probability("lora_dropout", options["lora_dropout"])
     fields = {f.name for f in dataclasses.fields(LoraConfig)}
     if unknown := [name for name in others if name not in fields]:
         raise TypeError(f"{unknown[0]}: neither an argument of inject nor a field of PEFT's LoraConfig")
-    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    whole = heads.modules_to_save(model, others.get("modules_to_save"))
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
         left_out = reads.leave_out(model, linears)
-        if not isinstance(model, PreTrainedModel):  # PEFT has the shorthand for transformers' models only
-            options = {**options, "target_modules": sorted(linears - left_out - {""})}
-        elif left_out:
+        options = {**options, "target_modules": targets.all_linear(model, whole or [], left_out)}
+        if left_out and isinstance(model, PreTrainedModel):
             others = {**others, "exclude_modules": _exclude(others.get("exclude_modules"), left_out)}
     # Conv1D holds (K, N); PEFT sets this itself, with a warning.
-    defaults = {"fan_in_fan_out": any(is_conv1d(m) for m in model.modules()), "task_type": _task_type(model)}
-    return LoraConfig(**{**defaults, **options, **others})
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type, which gives the PeftModel its `generate`."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    fan_in_fan_out = any(is_conv1d(m) for m in model.modules())
+    defaults = {"fan_in_fan_out": fan_in_fan_out, "task_type": targets.task_type(model, whole or [])}
+    return LoraConfig(**{**defaults, **options, **others, "modules_to_save": whole})
 
 
 def _exclude(given: str | list[str] | None, names: set[str]) -> str | list[str]:
@@ -209,7 +236,7 @@ def _exclude(given: str | list[str] | None, names: set[str]) -> str | list[str]:
     return [*(given or ()), *sorted(names)]
 
 
-def _check_strictly(model: PeftModel, quantize: str | None) -> None:
+def _check_strictly(model: PeftModel, quantize: str | None, kept: Mapping[str, str]) -> None:
     from lora_ops.injection import convert, dense, peft_layers, reads
 
     root = model.get_base_model()
@@ -225,7 +252,7 @@ def _check_strictly(model: PeftModel, quantize: str | None) -> None:
         raise InjectionError("\n  ".join([f"strict: {len(reasons)} targeted layers cannot be fused:", *reasons]))
     if quantize is None:
         return
-    counted = dense.model_bytes(root, dense.dense_reasons(root))
+    counted = dense.model_bytes(root, dense.dense_reasons(root, kept))
     if rows := [row for row in counted.dense if not row.by_design]:
         raise InjectionError(
             "\n  ".join(

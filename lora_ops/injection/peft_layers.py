@@ -21,7 +21,7 @@ from lora_ops import functional
 from lora_ops._checks import autocasting, dtype_name
 from lora_ops.injection import methods
 from lora_ops.injection.linears import why_not_linear
-from lora_ops.nn import NF4Linear, add_to_nf4
+from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
 from lora_ops.quant.nf4 import NF4Tensor
 
 logger = logging.getLogger("lora_ops")
@@ -140,9 +140,9 @@ def _why_not_this_call(parts: Parts, x: Tensor, args: tuple[Any, ...], kwargs: d
     given = [key for key, value in kwargs.items() if value is not None]
     if args or given:  # adapter_names mixes adapters in one batch
         return f"the call has arguments beside x: {', '.join(given) or len(args)}"
-    dtype = x.dtype
-    if not dtype.is_floating_point:
-        return f"x: expected a floating dtype, got {dtype_name(dtype)}"
+    dtype = getattr(parts.base, "compute_dtype", None) or x.dtype
+    if not x.dtype.is_floating_point:
+        return f"x: expected a floating dtype, got {dtype_name(x.dtype)}"
     if autocasting(x):
         return None
     if parts.weight.dtype != dtype and type(parts.base) is not NF4Linear:
@@ -202,19 +202,19 @@ class LoraLinear(lora.Linear):
 
 
 def _fused(parts: Parts, x: Tensor) -> Tensor:
-    base, dropout = parts.base, parts.dropout
+    base, dropout, dtype = parts.base, parts.dropout, x.dtype
     bias: Any = base.bias
     if isinstance(base, NF4Linear):
         base._check_not_empty()
+        x = in_compute_dtype(base, x)
         weight: Tensor | NF4Tensor = base.quantized
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
     else:
         weight = parts.weight.T if type(base) is Conv1D else parts.weight
     dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return functional.lora_linear(
-        x, weight, parts.lora_a, parts.lora_b, scale=parts.scale, bias=bias, dropout_p=dropout_p
-    )
+    y = functional.lora_linear(x, weight, parts.lora_a, parts.lora_b, scale=parts.scale, bias=bias, dropout_p=dropout_p)
+    return y if getattr(base, "compute_dtype", None) is None else y.to(dtype)
 
 
 class LoraNF4Linear(LoraLinear):

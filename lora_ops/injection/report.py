@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_ops._checks import dtype_name
 from lora_ops._dispatch import OPS, BackendError
+from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection.dense import ModelBytes, model_bytes
 from lora_ops.injection.gathered import as_gathered, under_fsdp2
 from lora_ops.injection.reads import weight_reads
@@ -137,6 +138,9 @@ def _row(name: str, module: Any) -> LayerReport | None:
         base = module.base_layer
         served = _backend(base, module.lora_A.weight, module.lora_B.weight)
         return _served(name, "LoRALinear", served, _weight_format(module, base))
+    if layout.is_linear4bit(module):
+        reason = layout.why_not_nf4(module) or "bitsandbytes' own layer: call lora_ops.inject(model)"
+        return LayerReport(name, type(module).__name__, False, "", reason, _weight_format(module, module), "unfused")
     if not _has_row(module):
         return None
     from lora_ops.injection import peft_layers
@@ -182,7 +186,7 @@ def _backend(base: Any, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[b
     """Whether a backend serves one row of activations in the weight's dtype; which; why a preferred one does not."""
     if isinstance(base, NF4Linear):
         weight: Any = base.quantized
-        dtype, device = base.quantized_dtype, base.weight.device
+        dtype, device = base.compute_dtype or base.quantized_dtype, base.weight.device
     else:
         weight = weight_of(base)
         dtype, device = weight.dtype, weight.device

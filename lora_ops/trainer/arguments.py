@@ -37,6 +37,9 @@ class SFTArguments:
     lora_dropout: float = _help("dropout on the adapters' input", 0.0)
     target_modules: str = _help("'all-linear' or module names with commas between, as in q_proj,v_proj", "all-linear")
     quantize: str = _help("'nf4' stores the frozen weights in 4 bits (QLoRA); 'none' leaves them", "nf4")
+    skip_modules: str | None = _help(
+        "modules that stay out of NF4: names or regular expressions with commas between, as in down_proj,layers.0", None
+    )
 
     learning_rate: float = _help("peak learning rate", 2e-4)
     lr_scheduler_type: str = _help("transformers' schedule", "cosine")
@@ -92,6 +95,8 @@ class SFTArguments:
             raise ValueError(f"quantize: expected 'nf4' or 'none', got {self.quantize!r}")
         if self.full and self.quantize != "none":
             raise ValueError(f"full: expected with quantize 'none', got {self.quantize!r}: 4-bit weights are frozen")
+        if self.skip_modules is not None and self.quantize == "none":
+            raise ValueError("skip_modules: expected with quantize 'nf4', got 'none', which quantizes nothing")
         for name in ("page_dir", "host_budget"):
             if getattr(self, name) is not None and not self.pages():
                 raise ValueError(f"{name}: expected together with page_budget or a paged optim")
@@ -134,3 +139,13 @@ class SFTArguments:
         if self.target_modules == "all-linear":
             return self.target_modules
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
+    def skipped(self) -> list[str] | None:
+        """Give `skip_modules` as `inject` takes it.
+
+        Returns:
+            Names and regular expressions, or None.
+        """
+        if self.skip_modules is None:
+            return None
+        return [name.strip() for name in self.skip_modules.split(",") if name.strip()]

@@ -93,6 +93,7 @@ def load_model(args: SFTArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
             lora_dropout=args.lora_dropout,
             target_modules=args.targets(),
             quantize=None if args.quantize == "none" else args.quantize,
+            skip_modules=args.skipped(),
         )
     on_cuda = torch.cuda.is_available() and not args.use_cpu
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
