@@ -82,13 +82,19 @@ def launch_under_way() -> Launch | None:
 
 
 def _run(call: Launch) -> None:
-    kernel, grid, args, meta = call.kernel, call.grid, call.args, call.meta
+    kernel, grid, args = call.kernel, call.grid, call.args
+    meta = known_options(call.meta, amd=torch.version.hip is not None)
     device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
     if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the operands are
             kernel[grid](*args, **meta)
     else:
         kernel[grid](*args, **meta)
+
+
+def known_options(meta: dict[str, Any], *, amd: bool) -> dict[str, Any]:
+    """The launch options that the vendor's compiler has: AMD's refuses maxnreg."""
+    return {name: value for name, value in meta.items() if name != "maxnreg"} if amd else meta
 
 
 def interpreting() -> bool:

@@ -38,16 +38,14 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # of NVIDIA; None: ptxas may spill a little, if two programs then fit an SM
 
     @property
-    def meta(self) -> dict[str, int]:
+    def meta(self) -> dict[str, int | None]:
         """As launch arguments."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+        shape = {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return shape | options
 
 
 Tiles = dict[int, Tile]
@@ -74,9 +72,11 @@ BOTH_16BIT = {
     16: Tile(32, 256, 8, 3),
     32: Tile(16, 128, 4, 3),
 }
-# Where R is no multiple of 16 its operands load element by element, and other tiles do not spill.
+# Where R is no multiple of 16 its operands load element by element, and other tiles do not spill. At rank 64 Triton 3.8
+# spills 8 bytes on sm_120 to fit two programs an SM. A launch has about one an SM (TARGET_PROGRAMS): on chips with as
+# many SMs the registers cost nothing; on smaller ones a second program no longer hides the first one's loads.
 ROWS_ODD = ROWS_16BIT | {64: Tile(64, 32, 4, 3), 256: Tile(32, 16, 8, 2)}
-COLUMNS_ODD = COLUMNS_16BIT | {128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
+COLUMNS_ODD = COLUMNS_16BIT | {64: Tile(32, 128, 8, 2, maxnreg=255), 128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
 ROWS_32BIT = {

@@ -3,11 +3,12 @@
     python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.md and .json
     python -m tests.gpu_proof.gate nf4_codec    # only the ops named; writes their results to the .json alone
     python -m tests.gpu_proof.gate --all        # trust no recorded result
-    python -m tests.gpu_proof.gate --check      # the same, but writes nothing: for another version of Triton
+    python -m tests.gpu_proof.gate --check      # leaves bench/ as it is: for another version of Triton
 
 No GPU is needed. The launchers run on meta tensors, so signatures, alignment and options are those that a GPU would
 see. The .json records results by fingerprint (source, signature, options, Triton, these rules): what stands there need
-not be compiled again, which keeps `make test` short. Not to be run with TRITON_INTERPRET=1.
+not be compiled again, which keeps `make test` short. `--check` has a record of its own in build/ for each version, so
+that an interrupted run goes on. Not to be run with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.gpu_proof.machine_code import CHIPS, Chip, compiled, problems, read
 CUDA = cuda_code.SOURCE.name  # in the place of a module: kernels of nvcc and not of Triton
 BENCH = Path(__file__).parents[2] / "bench"
 TABLE, RECORD = BENCH / "compile_gate.md", BENCH / "compile_gate.json"
+CHECKED = BENCH.parent / "build" / f"compile_gate-{triton.__version__}.json"  # of --check
 WORKERS = 2
 
 
@@ -104,20 +106,21 @@ def _job(task: Task) -> Result:
     return check(_shipped(task.module)[task.index], chip)
 
 
-def recorded() -> dict[str, Result]:
+def recorded(path: Path = RECORD) -> dict[str, Result]:
     """Results by key, as committed."""
-    if not RECORD.exists():
+    if not path.exists():
         return {}
-    return {key: Result(summary, tuple(wrong)) for key, (summary, *wrong) in json.loads(RECORD.read_text()).items()}
+    return {key: Result(summary, tuple(wrong)) for key, (summary, *wrong) in json.loads(path.read_text()).items()}
 
 
-def record(results: dict[str, Result]) -> None:
+def record(results: dict[str, Result], path: Path = RECORD) -> None:
     lines = [f"{json.dumps(key)}: {json.dumps([r.summary, *r.wrong])}" for key, r in sorted(results.items())]
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def run(todo: Sequence[Task], known: dict[str, Result], *, save: bool = False) -> dict[str, Result]:
-    """Results of all tasks by key; those that are not known are compiled, in two processes."""
+def run(todo: Sequence[Task], known: dict[str, Result], *, save: Path | None = None) -> dict[str, Result]:
+    """Results of all tasks by key; those that are not known are compiled, in two processes, and added to `save`."""
     results = {t.key: known[t.key] for t in todo if t.key in known}
     missing = list({t.key: t for t in todo if t.key not in known}.values())
     context = multiprocessing.get_context("spawn")
@@ -125,8 +128,8 @@ def run(todo: Sequence[Task], known: dict[str, Result], *, save: bool = False) -
         for n, (task, result) in enumerate(zip(missing, pool.map(_job, missing), strict=True), start=1):
             results[task.key] = result
             if save and n % 50 == 0:  # an interrupted run goes on from here
-                print(f"{n} of {len(missing)} compiled", file=sys.stderr)
-                record({**recorded(), **results})
+                print(f"{n} of {len(missing)} compiled", file=sys.stderr, flush=True)
+                record({**recorded(save), **results}, save)
     return results
 
 
@@ -179,10 +182,11 @@ def main(argv: Sequence[str]) -> int:
     modules = [m for m in registry.ops() if not names or m.split(".")[-2] in names]
     todo = tasks(modules)
     if "--check" in argv:
-        results = run(todo, {})
+        results = run(todo, {} if "--all" in argv else recorded(CHECKED), save=CHECKED)
+        record({**recorded(CHECKED), **results}, CHECKED)
     else:
         todo += cuda_tasks() if not names or "nf4_linear" in names else []
-        results = run(todo, {} if "--all" in argv else recorded(), save=True)
+        results = run(todo, {} if "--all" in argv else recorded(), save=RECORD)
         record({**recorded(), **results} if names else results)
         if not names:
             TABLE.write_text(table(todo, results))

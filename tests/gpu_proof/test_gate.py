@@ -40,6 +40,14 @@ def test_record_is_not_trusted_blindly() -> None:
     assert {t.key: gate._job(t) for t in todo} == {t.key: known[t.key] for t in todo}
 
 
+def test_lines_above_a_kernel_change_no_fingerprint() -> None:
+    """Where it begins in its file is forgotten: an import more does not void the record."""
+    launch = next(registry.shipped_by("lora_ops.kernels.lora_linear.triton_impl")).launch
+    before = machine_code.fingerprint(launch, CHIPS["sm_90"])
+    launch.kernel.starting_line_number, launch.kernel.hash = 12345, None
+    assert machine_code.fingerprint(launch, CHIPS["sm_90"]) == before
+
+
 def test_cuda_kernels_green() -> None:
     """The kernels of nvcc; where it is missing and they have changed since the record, this fails and says so."""
     todo = gate.cuda_tasks()
