@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from lora_ops.optim import AdamW, optimizer_memory
 
 # Uneven in two and in three parts; of whole blocks in each part and not; fewer rows than ranks; strided columns.
-SHARDED = ((8, 1024), (7, 1024), (7, 900), (50, 100), (1, 5000), (300,), (2,))
+SHARDED = ((8, 1024), (7, 1024), (7, 900), (5, 820), (50, 100), (1, 5000), (300,), (2,))
 KINDS: dict[str, dict[str, Any]] = {
     "32 bits": {},
     "8 bits": {"state_bits": 8},
