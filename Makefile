@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sweep peers faults triton native cuda sanitize clean
+.PHONY: help demo test lint format bench sweep peers faults matrix triton native cuda sanitize clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ peers: $(VENV)/.test ## PEFT's own offline LoRA tests with inject behind its API
 
 faults: $(VENV)/.test ## kill a paged training 200 times at random moments and check what it left (a minute)
 	$(BIN)/python -m tests.optim.crash --rounds 200
+
+matrix: $(VENV)/.test ## test the oldest and newest releases allowed, compile with every Triton; writes docs/matrix.md (hours)
+	$(BIN)/python -m tests.matrix $(ARGS) -- $(WORKERS)
 
 # The oldest Triton that is supported, beside the installed one and not in its place.
 TRITON ?= 3.6.0
