@@ -64,8 +64,9 @@ def assert_same_logits(a: nn.Module | Tensor, b: nn.Module | Tensor) -> None:
     a, b = (v if isinstance(v, Tensor) else logits(v) for v in (a, b))
     assert a.dtype == b.dtype
     # Sums run in another order and are rounded once instead of several times; two blocks of layers feed each other.
-    # Against float64 PEFT is off by up to 12 units in the last place of the largest float32 logit, and ours by up to 8.
-    tolerance = {torch.float32: 32 * 2**-23, torch.bfloat16: 5 * 2**-7}[a.dtype]
+    # Random adapters amplify that: over 24 seeds stock PEFT is up to 283 units in the last place of the largest float32
+    # logit from float64, and ours up to 187. A lost bias, scale or adapter is 1e-2 and more.
+    tolerance = {torch.float32: 256 * 2**-23, torch.bfloat16: 5 * 2**-7}[a.dtype]
     torch.testing.assert_close(a.float(), b.float(), atol=tolerance * b.float().abs().max().item(), rtol=0)
 
 
