@@ -219,7 +219,7 @@ def _lora_config(model: nn.Module, options: dict[str, Any], others: dict[str, An
     whole = heads.modules_to_save(model, others.get("modules_to_save"))
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-        left_out = reads.leave_out(model, linears)
+        left_out = reads.leave_out(model, linears) | targets.leave_out(model, linears)
         options = {**options, "target_modules": targets.all_linear(model, whole or [], left_out)}
         if left_out and isinstance(model, PreTrainedModel):
             others = {**others, "exclude_modules": _exclude(others.get("exclude_modules"), left_out)}

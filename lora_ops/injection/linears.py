@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_ops.nn import NF4Linear, is_conv1d
 
+_COMMON = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KNOWN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
@@ -29,6 +30,26 @@ def why_not_linear(module: Any) -> str | None:
     if any(getattr(module, kind) for kind in hooks) or "forward" in module.__dict__:
         return "it has hooks or a forward of its own"
     return None
+
+
+@torch.no_grad()
+def returns_features(module: Any) -> bool:
+    """Whether a linear layer returns one tensor [..., N] of x [..., K], so that PEFT can add a low-rank update to it.
+
+    A subclass of nn.Linear with a forward of its own is called, with one row of ones: routers return tuples, grouped
+    layers another shape. Layers whose weight is not a plain tensor in a common dtype are another library's to know.
+    """
+    weight = module._parameters.get("weight")
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if not own or type(weight) is not nn.Parameter or weight.dtype not in _COMMON:
+        return True
+    x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # some routers draw noise
+            y = type(module).forward(module, x)
+    except Exception:  # it wants another input than a linear layer
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (1, module.out_features)
 
 
 def _qualname(module: object) -> str:

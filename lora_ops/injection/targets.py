@@ -4,6 +4,7 @@ imports this file, when called."""
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Container
 
@@ -12,8 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from lora_ops.injection import heads
+from lora_ops.injection import heads, linears
+from lora_ops.injection.reads import shorten
 from lora_ops.nn import is_conv1d
+
+logger = logging.getLogger("lora_ops")
 
 # Not QUESTION_ANS: the forward of PEFT's class for it (0.21) takes token_type_ids and position_ids and drops them.
 _CLASSIFIERS = {
@@ -43,8 +47,8 @@ def all_linear(model: nn.Module, trained_whole: list[str], left_out: Container[s
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     modules = {name: m for name, m in model.named_modules() if name}
     whole = {name for name in modules if trained_whole and name.endswith(tuple(trained_whole))}
-    linears = [name for name, m in modules.items() if (isinstance(m, nn.Linear) or is_conv1d(m)) and m is not output]
-    names = sorted(name for name in linears if name not in left_out and not heads.inside(name, whole))
+    found = [name for name, m in modules.items() if (isinstance(m, nn.Linear) or is_conv1d(m)) and m is not output]
+    names = sorted(name for name in found if name not in left_out and not heads.inside(name, whole))
     if not names:
         raise ValueError(
             f"target_modules: 'all-linear' finds no linear layer in {type(model).__name__} that is not trained whole; "
@@ -54,8 +58,17 @@ def all_linear(model: nn.Module, trained_whole: list[str], left_out: Container[s
     if any(name.endswith(endings) and name not in left_out for name in modules.keys() - set(names)):
         return "|".join(map(re.escape, names))
     # PEFT's own list would hold linear heads too; one that is named "lm_head" it takes for an embedding when it saves.
-    shorthand = isinstance(model, PreTrainedModel) and not any(heads.inside(name, whole) for name in linears)
+    shorthand = isinstance(model, PreTrainedModel) and not any(heads.inside(name, whole) for name in found)
     return "all-linear" if shorthand else names
+
+
+def leave_out(model: nn.Module, names: set[str]) -> set[str]:
+    """Those of these layers that return something else than a tensor of features, such as routers; says which."""
+    odd = {name: m for name, m in model.named_modules() if name in names and not linears.returns_features(m)}
+    if odd:
+        classes = ", ".join(sorted({type(m).__name__ for m in odd.values()}))
+        logger.warning("no adapter for layers that return no tensor of their features (%s): %s", classes, shorten(odd))
+    return set(odd)
 
 
 def task_type(model: nn.Module, trained_whole: list[str]) -> str | None:

@@ -211,3 +211,58 @@ def test_token_types_reach_a_model_for_questions() -> None:
     with torch.no_grad():
         zero, one = (model(ids, token_type_ids=torch.full_like(ids, i)).start_logits for i in (0, 1))
     assert not torch.equal(zero, one)
+
+
+class Router(nn.Linear):
+    """Returns scores and logits, as the routers of Llama 4 and Phi-3.5-MoE do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Grouped(nn.Linear):
+    """Each group of features has a weight of its own: y has another shape than a linear layer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...gk,gnk->...gn", x.unflatten(-1, (2, -1)), self.weight.view(2, self.out_features, -1))
+
+
+class Scaled(nn.Linear):
+    """Not a linear layer's numbers, and yet a tensor of its features: PEFT can add to them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Odd(nn.Module):
+    def __init__(self, kind: type[nn.Linear]) -> None:
+        super().__init__()
+        self.first, self.odd = nn.Linear(8, 8), kind(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.odd(self.first(x))
+        return y[1] if isinstance(y, tuple) else y.sum(1, keepdim=True) if y.dim() > x.dim() else y
+
+
+@pytest.mark.parametrize(("kind", "adapted"), [(Router, False), (Grouped, False), (Scaled, True)])
+def test_all_linear_leaves_out_what_returns_no_features(
+    kind: type[nn.Linear], adapted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lora_ops.inject(Odd(kind), r=2)
+    assert hasattr(model.base_model.model.odd, "lora_A") is adapted
+    assert ("return no tensor of their features" in caplog.text) is not adapted
+    model(torch.randn(3, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_routers_that_return_tuples(quantize: str | None) -> None:
+    config = transformers.PhimoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    base = transformers.PhimoeForCausalLM(config)
+    model = lora_ops.inject(base, r=2, quantize=quantize)
+    assert not [name for name, m in model.named_modules() if name.endswith("router") and hasattr(m, "lora_A")]
+    ids = torch.arange(6)[None]
+    model(input_ids=ids, labels=ids).loss.backward()

@@ -69,8 +69,8 @@ def run(family: Family) -> dict[str, Outcome]:
     try:
         model = build(family)
         batch = inputs_of(model)
-        with torch.no_grad():
-            output_of(model, batch)
+        _step(model, batch)
+        model.zero_grad(set_to_none=True)
     except Exception as error:
         return {f: Outcome("unbuilt", _line(error)) for f in ("dense", "nf4")}
     return {
@@ -93,7 +93,7 @@ def _compare(model: PreTrainedModel, batch: dict[str, Any], quantize: str | None
         torch.manual_seed(1)
         try:
             ours = lora_ops.inject(model, r=RANK, quantize=quantize, init_lora_weights=False).eval()
-        except (ValueError, TypeError, lora_ops.injection.InjectionError) as error:
+        except (ValueError, TypeError, NotImplementedError, lora_ops.injection.InjectionError) as error:
             changed = {n: type(m) for n, m in model.named_modules()} != {n: type(m) for n, m in base.named_modules()}
             return Outcome("error" if changed else "refused", _line(error), said)
         except Exception as error:
@@ -190,8 +190,9 @@ def _stock(base: PreTrainedModel, ours: Any) -> nn.Module:
     stock = peft.get_peft_model(base, config).eval()
     theirs, mine = dict(stock.named_parameters()), dict(ours.named_parameters())
     for name, p in theirs.items():
-        if p.requires_grad:
+        if p.requires_grad and name in mine:
             p.data = mine[name].data.clone()
+        p.requires_grad_(p.requires_grad and name in mine)  # PEFT wraps whatever ends in a name of modules_to_save
     return stock
 
 
