@@ -69,8 +69,7 @@ def run(family: Family) -> dict[str, Outcome]:
     try:
         model = build(family)
         batch = inputs_of(model)
-        _step(model, batch)
-        model.zero_grad(set_to_none=True)
+        _step(copy.deepcopy(model), batch)
     except Exception as error:
         return {f: Outcome("unbuilt", _line(error)) for f in ("dense", "nf4")}
     return {
