@@ -14,8 +14,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/python" -m pip install --quiet --disable-pip-version-check \
-  torch==2.13.0 numpy==2.4.6 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
+"$folder/env/bin/python" -m pip --disable-pip-version-check install --quiet torch==2.13.0 numpy==2.4.6 \
+  transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
 cat > "$folder/run.py" <<'PY'
 import sys
 
