@@ -175,7 +175,7 @@ def _step(model: nn.Module, batch: dict[str, Any]) -> Step:
     finite = torch.where(torch.isfinite(y), y, torch.zeros((), dtype=y.dtype))
     (finite * weights).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return Step(finite.detach(), {n: g for n, g in grads.items() if bool(g.abs().max() > 0)})
+    return Step(finite.detach(), {n: g for n, g in grads.items() if bool((g != 0).any())})
 
 
 def _stock(base: PreTrainedModel, ours: Any) -> nn.Module:
