@@ -30,6 +30,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: what packs them may write the time, and every process must collect the same ids."""
+    return argname if isinstance(val, bytes) else None
+
+
 def _say_what_to_install(report: pytest.CollectReport | pytest.TestReport) -> None:
     """Complete the reason of pytest.importorskip, which only says what is missing."""
     if report.skipped and isinstance(report.longrepr, tuple):
