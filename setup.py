@@ -1,4 +1,4 @@
-"""Builds csrc/cpu into lora_ops/_liblora_ops.so: a plain shared library with a C ABI, loaded by lora_ops/_native.py.
+"""Builds csrc/cpu into lora_ops/_liblora_ops.so: a plain shared library with a C ABI, loaded by runtime/native.py.
 
 Needs setuptools and a C++17 compiler, nothing else. Without a working compiler the package installs with its other
 backends and says what is missing; LORA_OPS_REQUIRE_NATIVE=1 makes that an error. CXX, CXXFLAGS and LDFLAGS are

@@ -61,7 +61,7 @@ def git_commit() -> str:
 
 def describe() -> dict[str, Any]:
     """The machine, the software and the moment."""
-    from lora_ops import _native
+    from lora_ops.runtime import native
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     about: dict[str, Any] = {
@@ -71,7 +71,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_at_start": None if load is None else round(load, 2),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native": _native.isa() if _native.available() else f"none: {_native.unavailable_reason()}",
+        "native": native.isa() if native.available() else f"none: {native.unavailable_reason()}",
         "system": f"{platform.system()} {platform.machine()}",
         "commit": git_commit(),
         "versions": versions(),

@@ -5,7 +5,7 @@ section is reported as failed and another child runs the rest. Results: bench/re
 and charts), rewritten after every section. Exit status: 0, 1 if a check or a section failed, 2 without a GPU.
 
 `--tune` measures which route of an op is faster from how many tokens on, and writes it to where lora_ops reads it
-(quant/crossovers.py). Without it the same is measured, used for the times that follow, and told in the report.
+(runtime/crossovers.py). Without it the same is measured, used for the times that follow, and told in the report.
 """
 
 # ruff: noqa: E402
@@ -38,7 +38,7 @@ from bench.environment import command_line, describe, slug, traceback_text
 from bench.files import write_json
 from bench.measure import Run
 from bench.report import write_report
-from lora_ops.quant import crossovers
+from lora_ops.runtime import crossovers
 
 BUDGET_S = 450.0
 SILENCE_S = 120.0  # without a sign of life a section hangs: the largest comparison takes well under a minute
@@ -189,7 +189,7 @@ def _install(run: Run, folder: Path, about: dict) -> None:
     entry = replace(crossovers.of(name), **run.crossovers)
     crossovers.write(path, name, entry)
     print(f"wrote {path}, which lora_ops reads from now on.")
-    print(f"For all who have this chip, a line of MEASURED in quant/crossovers.py:\n    {name!r}: {entry},")
+    print(f"For all who have this chip, a line of MEASURED in lora_ops/runtime/crossovers.py:\n    {name!r}: {entry},")
 
 
 if __name__ == "__main__":

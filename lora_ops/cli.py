@@ -9,9 +9,8 @@ import platform
 
 import torch
 
-from lora_ops import _machine, _native
-from lora_ops._dispatch import BACKENDS, current_backend
-from lora_ops.quant import crossovers
+from lora_ops.runtime import crossovers, machine, native
+from lora_ops.runtime.dispatch import BACKENDS, current_backend
 from lora_ops.version import __version__
 
 # What the absence of a backend means to somebody on such a device.
@@ -41,16 +40,16 @@ def doctor() -> str:
     lines = [f"lora_ops {__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines += [f"GPU      {gpu}", f"CPU      {platform.machine()}, {torch.get_num_threads()} threads"]
-    for dtype in _machine.DTYPES_16BIT:
-        if reason := _machine.slow_16bit_reason(dtype):
-            lines.append(f"{'':<8} slow: {reason}: {_machine.SLOW_16BIT_REMEDY}")
+    for dtype in machine.DTYPES_16BIT:
+        if reason := machine.slow_16bit_reason(dtype):
+            lines.append(f"{'':<8} slow: {reason}: {machine.SLOW_16BIT_REMEDY}")
     lines += ["", f"backends (in use: {current_backend()})"]
     for backend in BACKENDS.values():
         reason = backend.unavailable()
         if reason is None and backend.device_types == ("cuda",) and not torch.cuda.is_available():
             reason = "no GPU"
         if reason is None:
-            note = f"instruction set {_native.isa()}" if backend.name == "native" else ""
+            note = f"instruction set {native.isa()}" if backend.name == "native" else ""
             lines.append(f"  ok       {backend.name:<10} {note}".rstrip())
         else:
             cost = "" if reason == "no GPU" else f"\n{'':>22}costs: {COSTS[backend.name]}"

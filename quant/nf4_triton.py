@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_ops._triton import interpreting
 from lora_ops.quant.nf4 import NF4_CODE
+from lora_ops.runtime.triton_launch import interpreting
 
 PACK = 4  # bytes, 8 codes, to a call of the assembly
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lora_ops
-from lora_ops import _native
+from lora_ops.runtime import native
 
 # No deadline: the first example pays for imports and code generation. Examples derive from the test, so CI repeats.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -60,7 +60,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 @pytest.fixture(params=["reference", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every backend that this machine has."""
-    if request.param == "native" and (reason := _native.unavailable_reason()):
+    if request.param == "native" and (reason := native.unavailable_reason()):
         pytest.skip(f"native backend: {reason}")
     with lora_ops.use_backend(request.param):
         yield request.param

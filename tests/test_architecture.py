@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from layers before its own, and from its own; optim only from what its entry names.
 LAYERS = [
-    ("_checks", "_cuda", "_dispatch", "_machine", "_native", "_sharding", "_triton", "version"),
+    ("runtime", "version"),
     ("quant",),
     ("kernels",),
     ("optim",),

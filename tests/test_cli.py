@@ -7,14 +7,15 @@ import importlib.util
 import pytest
 import torch
 
-from lora_ops import _native, cli
+from lora_ops import cli
+from lora_ops.runtime import native
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "reference" in out
-    assert ("ok       native" in out) == _native.available()
+    assert ("ok       native" in out) == native.available()
 
 
 def test_doctor_names_what_is_missing_and_the_cost(
@@ -22,12 +23,12 @@ def test_doctor_names_what_is_missing_and_the_cost(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    monkeypatch.setattr(_native, "_load", lambda: _native.NativeError("the native library was not built"))
-    _native.unavailable_reason.cache_clear()
+    monkeypatch.setattr(native, "_load", lambda: native.NativeError("the native library was not built"))
+    native.unavailable_reason.cache_clear()
     try:
         cli.main(["doctor"])
     finally:
-        _native.unavailable_reason.cache_clear()
+        native.unavailable_reason.cache_clear()
     out = capsys.readouterr().out
     assert "missing  native     the native library was not built" in out
     assert "costs: CPU ops fall back to plain PyTorch" in out

@@ -16,8 +16,8 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
-from lora_ops import _dispatch, _native
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from lora_ops.runtime import dispatch, native
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_needless_gradients_are_not_computed(q: lora_ops.NF4Tensor) -> None:
 
 
 def test_auto_prefers_native(q: lora_ops.NF4Tensor) -> None:
-    if reason := _native.unavailable_reason():
+    if reason := native.unavailable_reason():
         pytest.skip(f"native backend: {reason}")
     with lora_ops.trace() as t:
         dequantize_nf4(q)
@@ -67,7 +67,7 @@ def test_asked_for_by_name_and_not_served_raises(q: lora_ops.NF4Tensor) -> None:
 
 
 def test_declining_is_told_once(q: lora_ops.NF4Tensor, caplog: pytest.LogCaptureFixture) -> None:
-    _dispatch._told.clear()
+    dispatch._told.clear()
     x = torch.randn(2, 16, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, logger="lora_ops"), lora_ops.trace() as t:
         nf4_linear(x, q)
@@ -87,7 +87,7 @@ def test_unknown_backend() -> None:
 
 
 def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    forget = _dispatch._backend_of_environment.cache_clear
+    forget = dispatch._backend_of_environment.cache_clear
     monkeypatch.setenv("LORA_OPS_BACKEND", "reference")
     forget()
     with lora_ops.trace() as t:
@@ -95,7 +95,7 @@ def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyP
     assert t.backends() == {"reference"}
     with lora_ops.use_backend("auto"), lora_ops.trace() as t:
         dequantize_nf4(q)
-    assert t.backends() == {"native" if _native.available() else "reference"}
+    assert t.backends() == {"native" if native.available() else "reference"}
     monkeypatch.setenv("LORA_OPS_BACKEND", "fast")
     forget()
     try:
@@ -121,7 +121,7 @@ class Watching(TorchDispatchMode):
 def test_plain_calls() -> None:
     """Only a call that nothing could see may go around the dispatcher."""
     x, bias = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(4))
-    plain = _dispatch.is_plain_call
+    plain = dispatch.is_plain_call
     assert plain(x, None)
     assert not plain(x, bias)
     for off in (torch.no_grad, torch.inference_mode):
@@ -182,7 +182,7 @@ def test_double_backward_is_an_error(q: lora_ops.NF4Tensor) -> None:
 def test_without_a_native_library_everything_works_and_says_so() -> None:
     """A fresh process whose library is missing: the reference serves, with a warning that names the cost's remedy."""
     code = (
-        "import pathlib, lora_ops._native as n; n.LIBRARY_PATH = pathlib.Path('missing.so')\n"
+        "import pathlib, lora_ops.runtime.native as n; n.LIBRARY_PATH = pathlib.Path('missing.so')\n"
         "import torch, lora_ops\n"
         "from lora_ops.functional import quantize_nf4\n"
         "with lora_ops.trace() as t: quantize_nf4(torch.randn(64))\n"

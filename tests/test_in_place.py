@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_ops
-from lora_ops._dispatch import OPS
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.nn import LoRALinear, NF4Linear
 from lora_ops.quant.blockwise8 import dequantize_blockwise8, quantize_blockwise8
 from lora_ops.quant.nf4 import operands
+from lora_ops.runtime.dispatch import OPS
 
 K, N, R = 32, 48, 4
 SHAPES = [(K,), (3, K), (2, 3, K), (2, 1, 3, K), (0, K), (2, 0, K)]

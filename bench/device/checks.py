@@ -21,7 +21,7 @@ from lora_ops.functional import (
 from lora_ops.kernels.adamw import Slice, adamw_
 from lora_ops.kernels.adamw import constants as adamw_constants
 from lora_ops.quant.blockwise8.reference import dynamic_map
-from lora_ops.quant.crossovers import force
+from lora_ops.runtime.crossovers import force
 from tests.cases import (
     LinearCase,
     assert_right,

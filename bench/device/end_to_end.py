@@ -28,7 +28,7 @@ from bench.measure import OURS, Comparison, Contender, Unavailable, measure, one
 from bench.peers import bnb_linear, load
 from bench.plan import Effort
 from lora_ops.functional import dequantize_nf4, quantize_nf4
-from lora_ops.quant.crossovers import force
+from lora_ops.runtime.crossovers import force
 
 ADAPTER = "bf16 adapter"
 # Roundings of a deep model are correlated: PEFT's own errors with adapters of one or the other dtype differ by up to

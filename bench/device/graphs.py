@@ -24,8 +24,8 @@ from lora_ops.functional import (
     quantize_blockwise8,
     quantize_nf4,
 )
-from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.runtime.crossovers import force
 from tests.cases import LinearCase, LinearInputs, codec_weight, run_ours
 
 BF16 = torch.bfloat16

@@ -27,8 +27,8 @@ from bench.peers import notes
 from bench.plan import Effort, Plan
 from bench.suites import GPU_SUITES, SUITES
 from lora_ops import BackendError, use_backend
-from lora_ops._dispatch import BACKENDS, OPS, Op
-from lora_ops.quant.crossovers import force
+from lora_ops.runtime.crossovers import force
+from lora_ops.runtime.dispatch import BACKENDS, OPS, Op
 
 PLAN = Plan(
     device="cuda",

@@ -1,4 +1,4 @@
-"""Measures this GPU's crossovers (quant/crossovers.py): at each number of tokens both routes, and from where one wins.
+"""Measures this GPU's crossovers (runtime/crossovers.py): both routes by number of tokens, and from where one wins.
 
 A field is answered by the split of the tokens measured that costs least: with ρ(M) = time of the route for few tokens
 over that of the route for many, the first j numbers of tokens go to the former, where Σ_{i <= j} log ρ(M_i) is least.

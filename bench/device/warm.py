@@ -20,8 +20,9 @@ import torch
 from bench.device.checks import Check, checks_on
 from bench.device.context import Context
 from bench.environment import ROOT
-from lora_ops import _cuda, use_backend
-from lora_ops._dispatch import BACKENDS
+from lora_ops import use_backend
+from lora_ops.runtime import cuda
+from lora_ops.runtime.dispatch import BACKENDS
 
 WORKERS = 8
 POLL_S = 2.0
@@ -81,7 +82,7 @@ def warm(context: Context) -> Iterator[str]:
         return
     count = max(1, min(WORKERS, (os.cpu_count() or 1) - 1))
     commands = [worker_command(index, count) for index in range(count)]
-    build = _cuda.unavailable_reason() is not None and torch.version.hip is None
+    build = cuda.unavailable_reason() is not None and torch.version.hip is None
     commands += [build_command()] * build
     begin, environment = time.perf_counter(), _environment()
     processes = [
@@ -102,6 +103,6 @@ def warm(context: Context) -> Iterator[str]:
                 os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
             process.wait()
         if build:
-            _cuda.reload()
-            reason = _cuda.unavailable_reason()
+            cuda.reload()
+            reason = cuda.unavailable_reason()
             context.run.notes.append(f"- the CUDA C++ kernels: {f'not built: {reason}' if reason else 'built here'}")

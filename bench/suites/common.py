@@ -13,8 +13,8 @@ from torch import Tensor
 from bench.measure import OURS, Contender, Unavailable
 from bench.plan import Plan
 from lora_ops import BackendError, trace, use_backend
-from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.runtime.crossovers import force
 from tests.cases import LinearCase, LinearInputs, errors, run_torch, truth
 from tests.tolerance import Truth
 

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-/* Raised with every change that an older caller would not survive; lora_ops/_native.py holds the same number. */
+/* Raised with every change that an older caller would not survive; lora_ops/runtime/native.py holds the same number. */
 #define LORA_OPS_ABI_VERSION 3
 
 typedef enum {

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-/* Raised with every change that an older caller would not survive; lora_ops/_cuda.py holds the same number. */
+/* Raised with every change that an older caller would not survive; lora_ops/runtime/cuda.py holds the same number. */
 #define LORA_OPS_CUDA_ABI_VERSION 1
 #define LORA_OPS_CUDA_ERROR 1000
 

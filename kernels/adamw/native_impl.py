@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops import _native
 from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.runtime import native
 
 
 def adamw_(
@@ -28,16 +28,16 @@ def adamw_(
     for p, g, m, v, place in zip(params, grads, exp_avgs, exp_avg_sqs, index.tolist(), strict=True):
         coded = m.dtype == torch.uint8
         absmax = (next(scales).data_ptr(), next(scales).data_ptr()) if coded else (0, 0)
-        dtypes = _native.dtype_number(p.dtype), _native.dtype_number(g.dtype)
+        dtypes = native.dtype_number(p.dtype), native.dtype_number(g.dtype)
         slices.append((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), *absmax, p.numel(), *dtypes, *place))
-    _native.adamw(slices, constants, dynamic_map(True), dynamic_map(False), seed)
+    native.adamw(slices, constants, dynamic_map(True), dynamic_map(False), seed)
 
 
 def declines(op: str, params: Sequence[Tensor], *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if params[0].device.type != "cpu":
         return f"native kernels run on cpu, not on {params[0].device.type}"
-    return _native.unavailable_reason()
+    return native.unavailable_reason()
 
 
 IMPLS: dict[str, Callable] = {"adamw_": adamw_}

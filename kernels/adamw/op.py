@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ops._checks import check_dtype
-from lora_ops._dispatch import Op
+from lora_ops.runtime.checks import check_dtype
+from lora_ops.runtime.dispatch import Op
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZE = 256  # elements of an 8-bit state that share one absmax

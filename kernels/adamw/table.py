@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_ops import _native
-from lora_ops._dispatch import current_backend, tracing
 from lora_ops.kernels.adamw.op import Slice
 from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.runtime import native
+from lora_ops.runtime.dispatch import current_backend, tracing
 
 _GRAD, _STATES, _ROW, _STEP = 1, slice(2, 6), 9, 11  # fields of lora_ops_adamw_slice, 64 bits each
 
@@ -65,7 +65,7 @@ class Table:
     @staticmethod
     def serves() -> bool:
         """Whether `adamw_` would run on the native backend and nobody records what runs."""
-        return current_backend() in ("auto", "native") and not tracing() and _native.available()
+        return current_backend() in ("auto", "native") and not tracing() and native.available()
 
     def move(self, base: int) -> Table:
         """Have the states lie at another address from now on."""
@@ -87,17 +87,17 @@ class Table:
             table._renew(again)
         together = tables[0]._fields if len(tables) == 1 else np.concatenate([table._fields for table in tables])
         constants = torch.tensor(again.rows, dtype=torch.float32)
-        _native.adamw_fields(
+        native.adamw_fields(
             together.ctypes.data, len(together), constants, dynamic_map(True), dynamic_map(False), again.seed
         )
 
-    def run_in_pages(self, pages: _native.PageTable, again: Again) -> _native.PageReport:
+    def run_in_pages(self, pages: native.PageTable, again: Again) -> native.PageReport:
         """One step of all slices, whose states are brought from a file and written back; they lie at address 0."""
         if self._base:
             raise ValueError(f"base: expected 0, where states are at offsets in their extents, got {self._base}")
         self._renew(again)
         constants = torch.tensor(again.rows, dtype=torch.float32)
-        return _native.adamw_pages(
+        return native.adamw_pages(
             pages, self._fields.ctypes.data, len(self), constants, dynamic_map(True), dynamic_map(False), again.seed
         )
 
@@ -114,5 +114,5 @@ class Table:
 def _fields(s: Slice) -> list[int]:
     absmaxes = [0 if t is None else t.data_ptr() for t in (s.exp_avg_absmax, s.exp_avg_sq_absmax)]
     addresses = [t.data_ptr() for t in (s.param, s.grad, s.exp_avg, s.exp_avg_sq)]
-    dtypes = [_native.dtype_number(t.dtype) for t in (s.param, s.grad)]
+    dtypes = [native.dtype_number(t.dtype) for t in (s.param, s.grad)]
     return [*addresses, *absmaxes, s.param.numel(), *dtypes, s.row, s.stream, s.step, s.first]

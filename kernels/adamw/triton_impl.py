@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._triton import Expect, GateCase, declines_device, launch
 from lora_ops.kernels.adamw.reference import BLOCK_SIZE
 from lora_ops.kernels.philox.reference import LANES
 from lora_ops.quant.blockwise8.triton_impl import map_on, thresholds_on
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
+from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
 
 TILE = 2048  # with codes 16 elements a thread, so that those are 16 bytes
 WARPS = {True: 4, False: 8}  # with codes, and without: on 4 ptxas spills for sm_89, with 1024 elements on 4 for sm_100

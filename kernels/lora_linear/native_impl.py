@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_ops import _native
-from lora_ops._dispatch import as_output
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec import native_impl as codec
 from lora_ops.quant.nf4_linear import native_impl as nf4
 from lora_ops.quant.nf4_linear.reference import as_matrix
+from lora_ops.runtime import native
+from lora_ops.runtime.dispatch import as_output
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -31,18 +31,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _adapter(a: Tensor, b: Tensor, scale: Tensor, dropout_p: float, seed: Tensor | None) -> _native.Adapter:
+def _adapter(a: Tensor, b: Tensor, scale: Tensor, dropout_p: float, seed: Tensor | None) -> native.Adapter:
     if seed is None:
-        return _native.adapter(a, b, float(scale))
-    return _native.adapter(a, b, float(scale), threshold(dropout_p), int(seed))
+        return native.adapter(a, b, float(scale))
+    return native.adapter(a, b, float(scale), threshold(dropout_p), int(seed))
 
 
-def _weight(weight: Tensor | NF4Tensor) -> _native.Weight | None:
+def _weight(weight: Tensor | NF4Tensor) -> native.Weight | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
         return codec.weight_of(weight).operand
-    if weight.stride(1) == 1 and _native.takes_dense(weight.dtype):
-        return _native.dense_weight(weight)
+    if weight.stride(1) == 1 and native.takes_dense(weight.dtype):
+        return native.dense_weight(weight)
     return None
 
 
@@ -64,11 +64,11 @@ def lora_linear(
     y = x2.new_empty(x2.shape[0], b.shape[0]) if w else linear(x2, cast(Tensor, weight), bias)
     if x.dim() == 2:
         s = torch.empty(x2.shape[0], a.shape[0], dtype=torch.float32)
-        _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
+        native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
         return y, s
     lead = x.shape[:-1]
     s = torch.empty(*lead, a.shape[0], dtype=torch.float32)
-    _native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
+    native.lora_forward(_adapter(a, b, scale, dropout_p, seed), x2, s, y, w, bias)
     return as_output(y, (*lead, b.shape[0])), s
 
 
@@ -95,7 +95,7 @@ def lora_linear_backward(
     da = torch.empty_like(a) if needs_a else None
     db = torch.empty_like(b) if needs_b else None
     dbias = dy.new_empty(b.shape[0]) if needs_bias else None
-    _native.lora_backward(
+    native.lora_backward(
         _adapter(a, b, scale, dropout_p, seed),
         dy2,
         _rows(x) if needs_a and x is not None else None,

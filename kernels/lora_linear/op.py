@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import (
+from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
+from lora_ops.runtime.checks import (
     FLOAT_DTYPES,
     autocasting,
     check_dtype,
@@ -17,8 +18,7 @@ from lora_ops._checks import (
     check_same_device,
     check_shape,
 )
-from lora_ops._dispatch import Op, is_plain_call
-from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
+from lora_ops.runtime.dispatch import Op, is_plain_call
 
 # The adapter's, by x's.
 _ADAPTER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {

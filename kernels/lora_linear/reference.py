@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_ops._dispatch import as_output
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec.reference import dequantize_nf4
 from lora_ops.quant.nf4_linear.reference import accumulate_dtype, as_matrix, row_chunks
+from lora_ops.runtime.dispatch import as_output
 
 Needs = tuple[bool, bool, bool, bool]  # dX, dA, dB, db
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._triton import launch
 from lora_ops.kernels.lora_linear.triton_skinny import Dropout, scalar
 from lora_ops.kernels.philox.triton_impl import keep_mask
+from lora_ops.runtime.triton_launch import launch
 
 # Ranks of one step, whose operands stand in registers: the smallest that a matrix instruction takes.
 BLOCK_R = 16

@@ -25,9 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import dtype_name
-from lora_ops._dispatch import as_output
-from lora_ops._triton import HMMA, MMA, ODD_ROWS, Expect, GateCase
 from lora_ops.kernels.lora_linear.reference import Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
@@ -39,9 +36,12 @@ from lora_ops.kernels.lora_linear.triton_skinny import (
     reduce_rows,
     scale_argument,
 )
-from lora_ops.quant.crossovers import crossovers, force
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime.crossovers import crossovers, force
+from lora_ops.runtime.dispatch import as_output
+from lora_ops.runtime.triton_launch import HMMA, MMA, ODD_ROWS, Expect, GateCase
 
 MAX_RANK = 256  # the widest accumulator of a skinny kernel
 # Elements of an adapter, whose offsets are 32-bit: with 64 bits a fifth of the kernels takes more registers, up to 85.

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._dispatch import as_output
-from lora_ops._triton import launch
 from lora_ops.kernels.philox import keep_scale, threshold
 from lora_ops.kernels.philox.triton_impl import keep_mask
+from lora_ops.runtime.dispatch import as_output
+from lora_ops.runtime.triton_launch import launch
 
 # Programs that a launch aims at when it splits a sum: about one an SM of an H100/H200 (132), and the same number on
 # every chip, so that results do not depend on the chip.

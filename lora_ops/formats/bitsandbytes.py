@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import dtype_name
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_nf4, nf4_code
+from lora_ops.runtime.checks import dtype_name
 
 WEIGHT = "weight"
 ABSMAX = "weight.absmax"
@@ -61,6 +61,15 @@ def why_not_nf4(linear4bit: Any) -> str | None:
     return None
 
 
+def is_repacked(linear4bit: Any) -> bool:
+    """Whether a forward in eval() has packed the layer anew and rounded its scales to bfloat16.
+
+    bitsandbytes 0.50 does so on CPUs with AVX-512-BF16. In the state dict the order of the codes is the old one again;
+    scales stay rounded, and those that are not double-quantized transposed.
+    """
+    return bool(getattr(getattr(linear4bit.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def to_state_dict(q: NF4Tensor) -> dict[str, Tensor]:
     """The state dict that a bitsandbytes `Linear4bit` with the weight `q` writes, in its order, without the bias.
 
@@ -99,7 +108,7 @@ def from_state_dict(state: Mapping[str, Tensor]) -> NF4Tensor:
 
     Args:
         state: by the keys of `to_state_dict`; others are ignored. `weight` may be of any dtype of the same bytes
-            (bitsandbytes' quant_storage).
+            (bitsandbytes' quant_storage), and `weight.absmax` what a layer that `is_repacked` writes.
 
     Returns:
         The NF4Tensor; codes and scales share memory with `state`.
@@ -125,13 +134,15 @@ def from_state_dict(state: Mapping[str, Tensor]) -> NF4Tensor:
     if packed.dtype != torch.uint8:
         packed = packed.contiguous().view(torch.uint8)
     _check_code_book(QUANT_MAP, state[QUANT_MAP], nf4_code())
-    offset = None
+    absmax, offset = state[ABSMAX], None
+    if not nested and absmax.dtype == torch.bfloat16 and absmax.dim() == 2:
+        absmax = absmax.t().float().reshape(-1)  # [K / block_size, N]: see `is_repacked`
     if nested:
         _check_code_book(NESTED_QUANT_MAP, state[NESTED_QUANT_MAP], dynamic_map(True))
         offset = torch.tensor(fields["nested_offset"], dtype=torch.float32, device=packed.device)
     q = NF4Tensor(
         packed if packed.dim() == 2 and packed.shape[1] == 1 else packed.reshape(-1, 1),
-        state[ABSMAX].contiguous(),
+        absmax.contiguous(),
         tuple(fields["shape"]),
         _DTYPES[fields["dtype"]],
         fields["blocksize"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_ops._checks import dtype_name
+from lora_ops.runtime.checks import dtype_name
 
 
 def bitsandbytes_config(

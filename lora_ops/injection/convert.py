@@ -5,6 +5,7 @@ Imports peft: only `inject` imports this file, when called.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection import dense, protect
 from lora_ops.nn import NF4Linear, is_conv1d
+
+logger = logging.getLogger("lora_ops")
 
 _PROGRESS_NUMEL = 1 << 28  # a progress bar from about the size whose quantization takes seconds
 
@@ -47,13 +50,22 @@ def convert_bases(model: nn.Module, quantize: str | None, kept: Mapping[str, str
         kept: the names of modules that stay dense, and why.
     """
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    repacked = []
     for name, owner, linear in list(protect.linear_layers(root)):
         if not layout.is_linear4bit(linear) or layout.why_not_nf4(linear) is not None:
             continue
         # A layer with merged adapters stays PEFT's, whose class alone can take them out again.
         if not isinstance(owner, LoraLayer) or (is_bnb_lora(owner) and not owner.merged):
             attribute = "base_layer" if isinstance(owner, LoraLayer) else name.rpartition(".")[2]
+            if layout.is_repacked(linear):
+                repacked.append(name)
             _put(owner, attribute, _from_bitsandbytes(linear))
+    if repacked:
+        logger.warning(
+            "bitsandbytes has rounded the scales of %d NF4 layers (%s%s) to bfloat16, in a forward in eval() on this "
+            "CPU; to keep them exact call inject before the first forward",
+            len(repacked), repacked[0], ", ..." * (len(repacked) > 1),
+        )  # fmt: skip
     if quantize != "nf4":
         return
     reasons = dense.dense_reasons(root, kept)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora_ops._sharding import is_sharded
+from lora_ops.runtime.sharding import is_sharded
 
 
 def under_fsdp2(model: nn.Module) -> bool:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_ops._checks import check_probability
-from lora_ops._machine import warn_slow_16bit
 from lora_ops.nn import NF4Linear, check_quantize, is_conv1d
+from lora_ops.runtime.checks import check_probability
+from lora_ops.runtime.machine import warn_slow_16bit
 
 if TYPE_CHECKING:
     from peft import PeftModel

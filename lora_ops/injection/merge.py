@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ops._checks import dtype_name
 from lora_ops.injection.inject import require
 from lora_ops.nn import LoRALinear, NF4Linear, is_conv1d
+from lora_ops.runtime.checks import dtype_name
 
 _Goal = Callable[[str, torch.dtype], torch.dtype]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

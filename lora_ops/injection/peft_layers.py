@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
-from lora_ops._checks import autocasting, dtype_name
 from lora_ops.injection import methods
 from lora_ops.injection.linears import why_not_linear
 from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.runtime.checks import autocasting, dtype_name
 
 logger = logging.getLogger("lora_ops")
 

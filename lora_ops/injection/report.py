@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ops._checks import dtype_name
-from lora_ops._dispatch import OPS, BackendError
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection.dense import ModelBytes, model_bytes
 from lora_ops.injection.gathered import as_gathered, under_fsdp2
 from lora_ops.injection.reads import weight_reads
 from lora_ops.nn import LoRALinear, NF4Linear, weight_of
+from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime.dispatch import OPS, BackendError
 
 
 @dataclass(frozen=True)

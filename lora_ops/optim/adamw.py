@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lora_ops._sharding import is_sharded, local, shard_number, sharded_as
 from lora_ops.kernels.adamw import Again, Table, constants
 from lora_ops.optim import checkpoint, statedict
 from lora_ops.optim.errors import PagingError
@@ -29,6 +28,7 @@ from lora_ops.optim.pages import Pager
 from lora_ops.optim.states import Job, PagedStates, ResidentStates, Spec
 from lora_ops.optim.stats import PagingStats, paging_stats
 from lora_ops.optim.tiers import CudaDevice, Device, FileTier, PinnedTier, Tier
+from lora_ops.runtime.sharding import is_sharded, local, shard_number, sharded_as
 
 logger = logging.getLogger("lora_ops")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_ops import _native
+from lora_ops.runtime import native
 
 _LANES = 512
 _K = 0x9E3779B97F4A7C15  # odd: 2^64 over the golden ratio
@@ -18,10 +18,10 @@ _MASK = 2**64 - 1
 
 def checksum(view: memoryview) -> int:
     """The checksum of a contiguous buffer of bytes, from 0 to 2^64 - 1; the same with and without native code."""
-    if not _native.available():
+    if not native.available():
         return portable_checksum(view)
     data = np.frombuffer(view, dtype=np.uint8)
-    return _native.checksum(data.ctypes.data, data.size)
+    return native.checksum(data.ctypes.data, data.size)
 
 
 def portable_checksum(view: memoryview) -> int:

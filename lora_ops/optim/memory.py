@@ -10,8 +10,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from lora_ops._sharding import local
 from lora_ops.optim.layout import Packer, effective_bits, state_bytes
+from lora_ops.runtime.sharding import local
 
 MIN_EXTENT = 64 << 10
 # From 2 MiB on a copy to a device has its full bandwidth. On the CPU an extent that stays in the second-level cache

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ops._sharding import is_sharded, largest_part, local, sharded_as, wrapped
 from lora_ops.optim.layout import BLOCK_SIZE, part_numel
+from lora_ops.runtime.sharding import is_sharded, largest_part, local, sharded_as, wrapped
 
 
 def state_shape(name: str, p: Any) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ def _warn_slow(args: SFTArguments, *, injected: bool) -> None:
     """Say that bf16 is slow on this CPU, unless `inject` will, which knows what stays in 16 bits."""
     import torch
 
-    from lora_ops._machine import slow_16bit_reason
+    from lora_ops.runtime.machine import slow_16bit_reason
 
     on_cpu = args.use_cpu or not torch.cuda.is_available()
     if args.bf16 and on_cpu and not injected and (reason := slow_16bit_reason()):

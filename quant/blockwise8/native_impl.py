@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops import _native
 from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.runtime import native
 
 
 def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def quantize_blockwise8(x: Tensor, block_size: int, signed: bool) -> tuple[Tenso
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32)
-    _native.blockwise8_quantize(x, block_size, dynamic_map(signed), codes, absmax)
+    native.blockwise8_quantize(x, block_size, dynamic_map(signed), codes, absmax)
     return codes, absmax
 
 
@@ -25,7 +25,7 @@ def dequantize_blockwise8(codes: Tensor, absmax: Tensor, block_size: int, signed
     """Decode: map[code] · absmax of its block, float32 of codes.shape."""
     codes, absmax = codes.contiguous(), absmax.contiguous()
     out = torch.empty(codes.shape, dtype=torch.float32)
-    _native.blockwise8_dequantize(codes, absmax, block_size, dynamic_map(signed), out)
+    native.blockwise8_dequantize(codes, absmax, block_size, dynamic_map(signed), out)
     return out
 
 
@@ -33,7 +33,7 @@ def declines(op: str, lead: Tensor, *args: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if lead.device.type != "cpu":
         return f"native kernels run on cpu, not on {lead.device.type}"
-    return _native.unavailable_reason()
+    return native.unavailable_reason()
 
 
 IMPLS: dict[str, Callable] = {

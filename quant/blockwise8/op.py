@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_ops._checks import check_dtype, check_shape
-from lora_ops._dispatch import Op
+from lora_ops.runtime.checks import check_dtype, check_shape
+from lora_ops.runtime.dispatch import Op
 
 _quantize = Op(
     "quantize_blockwise8(Tensor x, int block_size, bool signed) -> (Tensor codes, Tensor absmax)", __package__

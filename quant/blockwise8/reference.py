@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_ops._dispatch import as_output
+from lora_ops.runtime.dispatch import as_output
 
 MIN_ABSMAX = 1e-38  # keeps the reciprocal of an all-zero block finite
 

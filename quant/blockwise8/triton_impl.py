@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._triton import Expect, GateCase, declines_device, launch
 from lora_ops.quant.blockwise8.reference import dynamic_map, dynamic_thresholds
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
+from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TILE = 2048  # 16 elements a thread at 4 warps: four 16-byte loads or stores of fp32

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops import _native
-from lora_ops._checks import dtype_name
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.runtime import native
+from lora_ops.runtime.checks import dtype_name
 
 
-def weight_of(q: NF4Tensor) -> _native.NF4Weight:
+def weight_of(q: NF4Tensor) -> native.NF4Weight:
     """The C view of `q`, valid while q lives."""
     if q.nested_absmax is None or q.nested_offset is None:
-        return _native.nf4_weight(q.packed, q.absmax, q.block_size)
-    return _native.nested_nf4_weight(
+        return native.nf4_weight(q.packed, q.absmax, q.block_size)
+    return native.nested_nf4_weight(
         q.packed, q.absmax, dynamic_map(signed=True), q.nested_absmax, float(q.nested_offset), q.block_size
     )
 
@@ -30,9 +30,9 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     if w.dim() == 2 and not w.is_contiguous() and w.t().is_contiguous():
-        _native.nf4_quantize_transposed(w.t(), block_size, packed, absmax)
+        native.nf4_quantize_transposed(w.t(), block_size, packed, absmax)
     else:
-        _native.nf4_quantize(w.contiguous(), block_size, packed, absmax)
+        native.nf4_quantize(w.contiguous(), block_size, packed, absmax)
     return packed, absmax
 
 
@@ -42,9 +42,9 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) 
     if out is None:
         out = torch.empty(q.shape, dtype=dtype)
     if out.is_contiguous():
-        _native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
+        native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
     else:
-        _native.nf4_dequantize_transposed(weight_of(q), out.t())
+        native.nf4_dequantize_transposed(weight_of(q), out.t())
     return out
 
 
@@ -56,7 +56,7 @@ def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
 def decode_rows(q: NF4Tensor, begin_row: int, end_row: int, out: Tensor) -> Tensor:
     """Rows [begin_row, end_row) of q -> the contiguous out [end_row - begin_row, K], in out's dtype."""
     k = math.prod(q.shape[1:])
-    _native.nf4_dequantize(weight_of(q), begin_row * k, end_row * k, out)
+    native.nf4_dequantize(weight_of(q), begin_row * k, end_row * k, out)
     return out
 
 
@@ -72,9 +72,9 @@ def declines_dtype(lead: Tensor, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve values of `dtype` on `lead`'s device, or None."""
     if not lead.is_cpu:
         return f"native kernels run on cpu, not on {lead.device.type}"
-    if dtype not in _native.FLOAT_DTYPES:
+    if dtype not in native.FLOAT_DTYPES:
         return f"native NF4 kernels have no {dtype_name(dtype)}"
-    return _native.unavailable_reason()
+    return native.unavailable_reason()
 
 
 IMPLS: dict[str, Callable] = {

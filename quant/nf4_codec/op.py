@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import check_dtype
-from lora_ops._dispatch import Op
 from lora_ops.quant.blockwise8 import quantize_blockwise8
 from lora_ops.quant.nf4 import (
     NESTED_BLOCK_SIZE,
@@ -19,6 +17,8 @@ from lora_ops.quant.nf4 import (
     from_operands,
     operands,
 )
+from lora_ops.runtime.checks import check_dtype
+from lora_ops.runtime.dispatch import Op
 
 QUANTIZE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZE_DTYPES = (*QUANTIZE_DTYPES, torch.float64)

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._checks import dtype_name
-from lora_ops._triton import Expect, GateCase, declines_device, launch
 from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
 from lora_ops.quant.nf4_triton import decode_nf4
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
+from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops import _cuda
-from lora_ops._checks import dtype_name
-from lora_ops._dispatch import as_output
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear.reference import as_matrix
+from lora_ops.runtime import cuda
+from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime.dispatch import as_output
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOKENS = 64  # as many as accumulators fit the registers for; more read W again
@@ -26,12 +26,12 @@ def _dynamic_map(device: torch.device) -> Tensor:
     return dynamic_map(signed=True).to(device)
 
 
-def weight_of(q: NF4Tensor) -> _cuda.NF4Weight:
+def weight_of(q: NF4Tensor) -> cuda.NF4Weight:
     """The C view of q, which must outlive it."""
     if q.nested_absmax is None or q.nested_offset is None:
-        return _cuda.NF4Weight(q.packed.data_ptr(), q.absmax.data_ptr(), None, None, None, None, q.block_size)
+        return cuda.NF4Weight(q.packed.data_ptr(), q.absmax.data_ptr(), None, None, None, None, q.block_size)
     scales = q.absmax, _dynamic_map(q.device), q.nested_absmax, q.nested_offset
-    return _cuda.NF4Weight(q.packed.data_ptr(), None, *(t.data_ptr() for t in scales), q.block_size)
+    return cuda.NF4Weight(q.packed.data_ptr(), None, *(t.data_ptr() for t in scales), q.block_size)
 
 
 def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
@@ -44,9 +44,9 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            _cuda.nf4_linear(weight, x2, bias, y)
+            cuda.nf4_linear(weight, x2, bias, y)
     else:
-        _cuda.nf4_linear(weight, x2, bias, y)
+        cuda.nf4_linear(weight, x2, bias, y)
     return as_output(y, (*x.shape[:-1], q.shape[0]))
 
 

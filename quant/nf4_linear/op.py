@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import FLOAT_DTYPES, autocasting, check_dtype, check_last_dim, check_same_device, check_shape
-from lora_ops._dispatch import Op, is_plain_call
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
+from lora_ops.runtime.checks import (
+    FLOAT_DTYPES,
+    autocasting,
+    check_dtype,
+    check_last_dim,
+    check_same_device,
+    check_shape,
+)
+from lora_ops.runtime.dispatch import Op, is_plain_call
 
 _fwd = Op(f"nf4_linear(Tensor x, Tensor? bias, {OPERANDS_SCHEMA}) -> Tensor", __package__)
 _dx = Op(f"nf4_linear_dx(Tensor dy, {OPERANDS_SCHEMA}) -> Tensor", __package__)

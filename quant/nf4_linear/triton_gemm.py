@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops._triton import launch
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_triton import decode_nf4
+from lora_ops.runtime.triton_launch import launch
 
 # Programs that a split sum aims at: two an SM of an H100/H200; the same on every chip, so that results are too.
 TARGET_PROGRAMS = 256

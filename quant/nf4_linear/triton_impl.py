@@ -1,4 +1,4 @@
-"""Linear layer over an NF4 weight in Triton: three routes by the number of tokens M, see quant/crossovers.py.
+"""Linear layer over an NF4 weight in Triton: three routes by the number of tokens M, see runtime/crossovers.py.
 
 M <= 4      GEMV: decode in registers, fp32 products                                   W read once, packed
 M <= ~256   GEMM that decodes each tile in its loop; dX reads the same bytes           W read once a block of tokens
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops._checks import dtype_name
-from lora_ops._dispatch import as_output
-from lora_ops._triton import HMMA, MMA, ODD_ROWS, Expect, GateCase, declines_device
-from lora_ops.quant.crossovers import crossovers
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor
 from lora_ops.quant.nf4_codec import triton_impl as codec
 from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
+from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime.crossovers import crossovers
+from lora_ops.runtime.dispatch import as_output
+from lora_ops.runtime.triton_launch import HMMA, MMA, ODD_ROWS, Expect, GateCase, declines_device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

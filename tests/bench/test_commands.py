@@ -24,8 +24,8 @@ from bench.files import write_json
 from bench.measure import Run
 from bench.policies import environment_of
 from bench.suites import GPU_SUITES, SUITES
-from lora_ops import _native
-from lora_ops._dispatch import OPS
+from lora_ops.runtime import native
+from lora_ops.runtime.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ def test_quick_bench_writes_its_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    "avx2" not in (_native.supported_isas() if _native.available() else ()),
+    "avx2" not in (native.supported_isas() if native.available() else ()),
     reason="needs the native library on a CPU with AVX2: make native",
 )
 def test_bench_keeps_to_an_instruction_set(tmp_path: Path) -> None:

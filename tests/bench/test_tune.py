@@ -23,9 +23,9 @@ from bench.measure import Comparison, Contender, Row, Run
 from bench.plan import Effort, Plan
 from bench.suites import nf4_linear
 from lora_ops import trace
-from lora_ops._triton import record_launches
-from lora_ops.quant import crossovers as table
-from lora_ops.quant.crossovers import Crossovers, crossovers
+from lora_ops.runtime import crossovers as table
+from lora_ops.runtime.crossovers import Crossovers, crossovers
+from lora_ops.runtime.triton_launch import record_launches
 
 PLAN = Plan(
     shapes=((8, 64),), lora_shapes=((8, 64),), ranks=(2,), dropouts=(0.0, 0.5), adapter_dtypes=(torch.float32,),

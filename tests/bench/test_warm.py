@@ -16,7 +16,7 @@ from bench.device.checks import CHECKS
 from bench.device.context import Context
 from bench.device.sections import PLAN
 from bench.measure import Run
-from lora_ops import _cuda
+from lora_ops.runtime import cuda
 
 
 def _context() -> Context:
@@ -53,12 +53,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(warm, "_environment", lambda: dict(os.environ))
         monkeypatch.setattr(warm, "worker_command", lambda index, count: [sys.executable, "-c", worker(index)])
         monkeypatch.setattr(warm, "build_command", lambda: [sys.executable, "-c", build])
-        monkeypatch.setattr(_cuda, "LIBRARY_PATH", Path("/nonexistent/library.so"))
-        _cuda.reload()
+        monkeypatch.setattr(cuda, "LIBRARY_PATH", Path("/nonexistent/library.so"))
+        cuda.reload()
 
     yield set_up
     monkeypatch.undo()
-    _cuda.reload()
+    cuda.reload()
 
 
 def test_processes_that_end_or_die_are_noted(commands: Callable[..., None]) -> None:
@@ -75,10 +75,10 @@ def test_a_library_that_was_built_is_found(
 ) -> None:
     library = tmp_path / "library.so"
     commands(1, lambda index: "", f"open({str(library)!r}, 'w')")
-    monkeypatch.setattr(_cuda, "LIBRARY_PATH", library)
-    monkeypatch.setattr(_cuda, "open_library", lambda path: path if path.exists() else _cuda.CudaError("missing"))
+    monkeypatch.setattr(cuda, "LIBRARY_PATH", library)
+    monkeypatch.setattr(cuda, "open_library", lambda path: path if path.exists() else cuda.CudaError("missing"))
     context = _context()
-    assert _cuda.unavailable_reason() == "missing"
+    assert cuda.unavailable_reason() == "missing"
     assert list(warm.warm(context))
     assert context.run.notes[-1] == "- the CUDA C++ kernels: built here"
 

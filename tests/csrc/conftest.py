@@ -1,24 +1,24 @@
-"""Fixtures for the tests of the native library, which is called directly through lora_ops._native."""
+"""Fixtures for the tests of the native library, which is called directly through lora_ops.runtime.native."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lora_ops import _native
+from lora_ops.runtime import native
 
 
 @pytest.fixture(scope="session", autouse=True)
 def native_library() -> None:
     """Skip, and say what to do, where the library was not built."""
-    if reason := _native.unavailable_reason():
+    if reason := native.unavailable_reason():
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="module", params=_native.supported_isas() if _native.available() else ["native"])
+@pytest.fixture(scope="module", params=native.supported_isas() if native.available() else ["native"])
 def isa(request: pytest.FixtureRequest, native_library: None) -> Iterator[str]:
     """Each instruction set of this machine in turn, forced; test_every_instruction_set says which it lacks."""
-    with _native.force_isa(request.param):
+    with native.force_isa(request.param):
         yield request.param
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ops import _native
+from lora_ops.runtime import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,52 +22,54 @@ def run(code: str, **env: str) -> str:
 
 
 def test_best_instruction_set_is_chosen() -> None:
-    assert run("from lora_ops import _native; print(_native.isa())", LORA_OPS_ISA="") == _native.supported_isas()[-1]
+    assert (
+        run("from lora_ops.runtime import native; print(native.isa())", LORA_OPS_ISA="") == native.supported_isas()[-1]
+    )
 
 
 def test_environment_forces_instruction_set() -> None:
-    assert run("from lora_ops import _native; print(_native.isa())", LORA_OPS_ISA="portable") == "portable"
+    assert run("from lora_ops.runtime import native; print(native.isa())", LORA_OPS_ISA="portable") == "portable"
 
 
 def test_unknown_instruction_set_is_a_reason() -> None:
-    reason = run("from lora_ops import _native; print(_native.unavailable_reason())", LORA_OPS_ISA="sse9")
+    reason = run("from lora_ops.runtime import native; print(native.unavailable_reason())", LORA_OPS_ISA="sse9")
     assert "'sse9' was asked for" in reason
     assert "portable" in reason
 
 
-@pytest.mark.parametrize("name", _native.ISAS)
+@pytest.mark.parametrize("name", native.ISAS)
 def test_every_instruction_set(name: str) -> None:
     """The one skip for a set that this machine lacks: the other tests run on those that it has."""
-    if name not in _native.supported_isas():
+    if name not in native.supported_isas():
         pytest.skip(f"this CPU has no {name}, whose kernels are not tested here: run the tests on one that has it")
-    with _native.force_isa(name):
-        assert _native.isa() == name
+    with native.force_isa(name):
+        assert native.isa() == name
 
 
 def test_force_isa_is_undone() -> None:
-    before = _native.isa()
-    with _native.force_isa("portable"):
-        assert _native.isa() == "portable"
-    assert _native.isa() == before
-    with pytest.raises(_native.NativeError, match="'sse9' was asked for"), _native.force_isa("sse9"):
+    before = native.isa()
+    with native.force_isa("portable"):
+        assert native.isa() == "portable"
+    assert native.isa() == before
+    with pytest.raises(native.NativeError, match="'sse9' was asked for"), native.force_isa("sse9"):
         pass
 
 
 def test_abi_refuses_an_instruction_set_that_the_machine_lacks() -> None:
     unsupported = 3
-    assert _native.library().lora_ops_force_isa(99) == unsupported
+    assert native.library().lora_ops_force_isa(99) == unsupported
 
 
 def test_missing_library_is_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(_native.NativeError, match="was not built: reinstall"):
-        _native._open(tmp_path / "_liblora_ops.so")
+    with pytest.raises(native.NativeError, match="was not built: reinstall"):
+        native._open(tmp_path / "_liblora_ops.so")
 
 
 def test_broken_library_is_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "_liblora_ops.so"
     path.write_bytes(b"not a library")
-    with pytest.raises(_native.NativeError, match="cannot be loaded"):
-        _native._open(path)
+    with pytest.raises(native.NativeError, match="cannot be loaded"):
+        native._open(path)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_broken_library_is_a_reason(tmp_path: Path) -> None:
     [
         ("int lora_ops_abi_version(void) { return 999; }", "ABI version 999, expected"),
         ("int something_else(void) { return 1; }", "cannot be loaded"),
-        (f"int lora_ops_abi_version(void) {{ return {_native.ABI_VERSION}; }}", "cannot be loaded"),
+        (f"int lora_ops_abi_version(void) {{ return {native.ABI_VERSION}; }}", "cannot be loaded"),
     ],
 )
 def test_library_of_another_version_is_a_reason(tmp_path: Path, source: str, reason: str) -> None:
@@ -85,20 +87,20 @@ def test_library_of_another_version_is_a_reason(tmp_path: Path, source: str, rea
     (tmp_path / "stale.c").write_text(source)
     library = tmp_path / "_liblora_ops.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "stale.c"], check=True)
-    with pytest.raises(_native.NativeError, match=reason):
-        _native._open(library)
+    with pytest.raises(native.NativeError, match=reason):
+        native._open(library)
 
 
 def test_header_and_python_agree_on_the_abi_version() -> None:
     header = (ROOT / "csrc/include/lora_ops.h").read_text()
-    assert re.findall(r"#define LORA_OPS_ABI_VERSION (\d+)", header) == [str(_native.ABI_VERSION)]
+    assert re.findall(r"#define LORA_OPS_ABI_VERSION (\d+)", header) == [str(native.ABI_VERSION)]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps, which only Linux has")
 def test_openmp_is_the_one_of_torch() -> None:
     code = """
-from lora_ops import _native
-_native.library()
+from lora_ops.runtime import native
+native.library()
 print(*{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}, sep="\\n")
 """
     libraries = run(code).splitlines()

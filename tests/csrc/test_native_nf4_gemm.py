@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_ops import _native
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
 from lora_ops.quant.nf4_codec.native_impl import weight_of
 from lora_ops.quant.nf4_codec.reference import absmax_of
+from lora_ops.runtime import native
 from tests.cases import LinearCase, LinearInputs, assert_right
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,9 +53,9 @@ def product(
 ) -> Tensor:
     out, buffer = guarded(x.shape[0], q.shape[1] if dx else q.shape[0], gap, offset, x.dtype)
     if dx:
-        _native.nf4_linear_dx(weight_of(q), x, out)
+        native.nf4_linear_dx(weight_of(q), x, out)
     else:
-        _native.nf4_linear(weight_of(q), x, bias, out)
+        native.nf4_linear(weight_of(q), x, bias, out)
     written = torch.zeros_like(buffer, dtype=torch.bool)
     written.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
     assert (buffer[~written] == GUARD).all()
@@ -196,7 +196,7 @@ def test_products_equal_dense_ones_of_integers(isa: str, block_size: int) -> Non
 
 def test_bad_arguments_are_refused() -> None:
     q = quantize_nf4(torch.randn(4, 64))
-    lib, w = _native.library(), weight_of(q)
+    lib, w = native.library(), weight_of(q)
     x, y = torch.zeros(3, 64), torch.zeros(3, 4)
     bad = 1
 
@@ -217,26 +217,26 @@ def test_blocks_may_straddle_tasks(m: int) -> None:
     w = torch.randn(n, k)
     packed = torch.empty(n * k // 2, dtype=torch.uint8)
     absmax = torch.empty(n * k // block_size)
-    _native.nf4_quantize(w, block_size, packed, absmax)
-    weight = _native.nf4_weight(packed, absmax, block_size)
+    native.nf4_quantize(w, block_size, packed, absmax)
+    weight = native.nf4_weight(packed, absmax, block_size)
     dense = torch.empty(n, k)
-    _native.nf4_dequantize(weight, 0, n * k, dense)
+    native.nf4_dequantize(weight, 0, n * k, dense)
 
     columns = torch.linspace(0, k - 1, m).long()
     x, y = 3 * torch.eye(k, dtype=torch.bfloat16)[columns], torch.empty(m, n, dtype=torch.bfloat16)
-    _native.nf4_linear(weight, x, None, y)
+    native.nf4_linear(weight, x, None, y)
     assert torch.equal(y, 3 * dense.bfloat16()[:, columns].T)
 
 
 @pytest.mark.parametrize("m", [1, 4, 8, 20, 60])
 @pytest.mark.parametrize(("k", "block_size"), [(2240, 64), (704, 128), (300, 64)])
-@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("isa", native.supported_isas())
 def test_double_quantized_scales_to_the_last_bit(isa: str, k: int, block_size: int, m: int) -> None:
     """Looked up in whatever way, they are those of the reference: sums in bfloat16 would hide an error of 1 / 256."""
     q = quantize_nf4(torch.randn(150, k) * torch.rand(150, 1), block_size=block_size, double_quant=True)
     single = replace(q, absmax=absmax_of(q), nested_absmax=None, nested_offset=None)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, 150).bfloat16()
-    with _native.force_isa(isa):
+    with native.force_isa(isa):
         assert torch.equal(product(x, q), product(x, single))
         assert torch.equal(product(dy, q, dx=True), product(dy, single, dx=True))
 
@@ -244,12 +244,12 @@ def test_double_quantized_scales_to_the_last_bit(isa: str, k: int, block_size: i
 @pytest.mark.parametrize("m", [1, 4, 8, 20, 60])
 @pytest.mark.parametrize("k", [2240, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize("isa", native.supported_isas())
 def test_a_single_term_is_that_of_the_rounded_weight(isa: str, dtype: torch.dtype, k: int, m: int) -> None:
     """Three times the weight, not the weight: its last rounding would hide that there was none before."""
     q = quantize_nf4(torch.randn(150, k))
     w = dequantize_nf4(q, dtype=dtype)
-    with _native.force_isa(isa):
+    with native.force_isa(isa):
         columns, rows = torch.randperm(k)[:m], torch.randperm(150)[:m]
         x, dy = 3 * torch.eye(k, dtype=dtype)[columns], 3 * torch.eye(150, dtype=dtype)[rows]
         assert torch.equal(product(x, q), 3 * w[:, columns].T)

@@ -85,6 +85,27 @@ def test_reads_other_storage_dtypes(storage: torch.dtype) -> None:
     assert same_value(layout.from_state_dict(bnb_state_dict(w, True, quant_storage=storage)), expected)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_was_repacked_for_inference_is_read(nested: bool) -> None:
+    """As a forward in eval() leaves it on a CPU with AVX-512-BF16; codes are equal, scales rounded."""
+    bnb = pytest.importorskip("bitsandbytes")
+    w = torch.randn(64, 192)
+    linear = bnb.nn.Linear4bit(192, 64, bias=False, quant_type="nf4", compress_statistics=nested)
+    linear.weight.data = w.clone()
+    linear = linear.to("cpu")
+    expected = layout.from_state_dict({k: v.clone() for k, v in linear.state_dict().items()})
+    assert not layout.is_repacked(linear)
+    linear.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
+    assert layout.is_repacked(linear)
+    read = layout.from_state_dict(linear.state_dict())
+    assert torch.equal(read.packed, expected.packed)
+    # 2^-9 of a scale; double-quantized once more, up to half a step of the 8-bit map besides.
+    allowed = 2**-9 if not nested else 2**-9 + 2**-7
+    largest = quantize_nf4(w).absmax.max()
+    error = (read.dequantize() - expected.dequantize()).abs().max()
+    assert error <= allowed * largest
+
+
 def test_fp4_is_refused() -> None:
     with pytest.raises(ValueError, match=r"nf4.*got fp4"):
         layout.from_state_dict(bnb_state_dict(torch.randn(64, 64), True, quant_type="fp4"))

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_ops._triton import HMMA, Expect
+from lora_ops.runtime.triton_launch import HMMA, Expect
 from tests.gpu_proof import machine_code, registry
 from tests.gpu_proof.machine_code import CHIPS, Chip, Code
 

@@ -23,7 +23,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter as ti
 
-from lora_ops._triton import Launch, interpreting, launch_under_way
+from lora_ops.runtime.triton_launch import Launch, interpreting, launch_under_way
 
 if not interpreting():
     raise RuntimeError("tests.gpu_proof.interpreter: set TRITON_INTERPRET=1 before triton is imported")

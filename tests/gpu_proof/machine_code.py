@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITCallable
 
-from lora_ops._triton import Expect, Launch, interpreting, known_options
+from lora_ops.runtime.triton_launch import Expect, Launch, interpreting, known_options
 
 
 @dataclass(frozen=True)

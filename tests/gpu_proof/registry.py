@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import lora_ops.kernels
 import lora_ops.quant
-from lora_ops._triton import Expect, GateCase, Launch, record_launches
+from lora_ops.runtime.triton_launch import Expect, GateCase, Launch, record_launches
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_ops
-from lora_ops import _cuda, _dispatch
 from lora_ops.functional import nf4_linear, quantize_nf4
 from lora_ops.quant.nf4 import NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_linear import cuda_impl
+from lora_ops.runtime import cuda, dispatch
 from tests.cases import LinearCase, errors
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ class Emulated:
         include = [] if header is None else ["-include", str(header)]
         build = [*COMPILER, *FLAGS, optimize, "-shared", *include, "-x", "c++", str(source), "-o", str(library)]
         subprocess.run(build, check=True)
-        self.lib = _cuda.open_library(library)
+        self.lib = cuda.open_library(library)
         self.lib.emulator_error.restype = c_char_p
         self.lib.emulator_count.restype = c_int64
         self.lib.emulator_reset.argtypes = ctypes.c_int, c_int64
@@ -68,14 +68,14 @@ class Emulated:
         for row in x:
             self.lib.emulator_allow(row.data_ptr(), row.numel() * row.element_size(), 0)
         self.lib.emulator_allow(y.data_ptr(), y.numel() * y.element_size(), 1)
-        before = _cuda.library
-        _cuda.library = lambda: self.lib
+        before = cuda.library
+        cuda.library = lambda: self.lib
         try:
-            _cuda.nf4_linear(cuda_impl.weight_of(q), x, bias, y)
-        except _cuda.CudaError as error:
+            cuda.nf4_linear(cuda_impl.weight_of(q), x, bias, y)
+        except cuda.CudaError as error:
             raise EmulatorError(self.lib.emulator_error().decode()) from error
         finally:
-            _cuda.library = before
+            cuda.library = before
         return y
 
     def count(self, what: str) -> int:
@@ -221,7 +221,7 @@ def test_rows_of_x_may_be_strided(emulated: Emulated) -> None:
 
 def test_outputs_are_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that they may be changed in place."""
-    monkeypatch.setattr(_cuda, "nf4_linear", lambda weight, x, bias, y: y.zero_())
+    monkeypatch.setattr(cuda, "nf4_linear", lambda weight, x, bias, y: y.zero_())
     x, q, _ = operands(LinearCase(m=6, n=20, k=128, dtype=torch.bfloat16))
     for shape in ((6, 128), (2, 3, 128), (1, 2, 3, 128)):
         y = cuda_impl.nf4_linear(x.view(shape), q, None)
@@ -248,7 +248,7 @@ def run_virtually(emulated: Emulated, m: int, n: int, k: int, rows: int, stride_
     places = {name: (i + 1) << 48 for i, name in enumerate(("packed", "absmax", "map", "nested", "offset", "x", "y"))}
     sizes = {"packed": n * k // 2, "absmax": n_blocks, "map": 1024, "nested": -(-n_blocks // 256) * 4, "offset": 4}
     sizes |= {"x": ((m - 1) * stride_x + k) * 2, "y": m * n * 2}
-    weight = _cuda.NF4Weight(places["packed"], None, *(places[p] for p in ("absmax", "map", "nested", "offset")), 64)
+    weight = cuda.NF4Weight(places["packed"], None, *(places[p] for p in ("absmax", "map", "nested", "offset")), 64)
     call = emulated.lib.lora_ops_cuda_nf4_linear
     for block in (0, n // rows // 2, n // rows - 1):
         emulated.lib.emulator_reset(0, block)
@@ -286,7 +286,7 @@ def test_empty(emulated: Emulated, m: int, n: int, k: int) -> None:
 
 
 def test_refuses_what_it_cannot_serve(emulated: Emulated) -> None:
-    weight = _cuda.NF4Weight(block_size=64)
+    weight = cuda.NF4Weight(block_size=64)
     call = emulated.lib.lora_ops_cuda_nf4_linear
     assert call(byref(weight), -1, 64, None, 1, 64, None, None, 2, None) == 1
     assert call(byref(weight), 1, 64, None, 1, 64, None, None, 0, None) == 1  # float32
@@ -427,11 +427,11 @@ def test_int32_addresses(broken: Break, change: tuple[str, str], huge: str) -> N
 @pytest.fixture
 def on_cuda(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend "cuda" with the emulated library, and CPU tensors taken for those of a GPU."""
-    monkeypatch.setattr(_cuda, "library", lambda: emulated.lib)
+    monkeypatch.setattr(cuda, "library", lambda: emulated.lib)
     monkeypatch.setitem(
-        _dispatch.BACKENDS, "cuda", replace(_dispatch.BACKENDS["cuda"], device_types=(), unavailable=lambda: None)
+        dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], device_types=(), unavailable=lambda: None)
     )
-    monkeypatch.setattr(_dispatch.OPS["nf4_linear"], "_candidates", {})
+    monkeypatch.setattr(dispatch.OPS["nf4_linear"], "_candidates", {})
     declines = cuda_impl.declines
 
     def for_cpu(op: str, lead: Tensor, *args: object) -> str | None:
@@ -460,7 +460,7 @@ def test_never_chosen_but_by_name(on_cuda: None) -> None:
 def test_declines_with_a_reason() -> None:
     q = quantize_nf4(torch.randn(8, 64))
     x = torch.randn(3, 64).bfloat16()
-    if _cuda.unavailable_reason() is None:
+    if cuda.unavailable_reason() is None:
         reason = "run on NVIDIA GPUs, not on cpu"
     else:
         reason = "the CUDA C.. kernels were not built: with nvcc"

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from lora_ops._triton import MMA, Expect, GateCase, interpreting, launch
 from lora_ops.quant.nf4_codec import triton_impl
+from lora_ops.runtime.triton_launch import MMA, Expect, GateCase, interpreting, launch
 from tests.gpu_proof import cuda_code, gate, machine_code, registry
 from tests.gpu_proof.mutant import mutant
 

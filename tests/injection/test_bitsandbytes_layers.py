@@ -120,3 +120,18 @@ def test_a_layer_without_values_is_left_and_said() -> None:
 def test_a_model_that_is_not_injected_yet_says_so() -> None:
     report = lora_ops.injection_report(nn.ModuleDict({"a": linear4bit()}))
     assert [row.reason for row in report] == ["bitsandbytes' own layer: call lora_ops.inject(model)"]
+
+
+def test_layers_that_bitsandbytes_repacked_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What a forward in eval() does on a CPU with AVX-512-BF16: generating a sample before inject is enough."""
+    net = nn.Sequential(linear4bit(64, 64), linear4bit(64, 64))
+    expected = [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in net]
+    for m in net:
+        m.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(m.weight.data, m.weight.quant_state)
+    with caplog.at_level("WARNING", "lora_ops"):
+        model = lora_ops.inject(net, target_modules=["0", "1"])
+    assert "rounded the scales of 2 NF4 layers (0, ...)" in caplog.text
+    assert "before the first forward" in caplog.text
+    for layer, w in zip(model.base_model.model, expected, strict=True):
+        got = layer.base_layer.quantized.dequantize()
+        assert (got - w.float()).abs().max() <= 2**-6 * w.abs().max()

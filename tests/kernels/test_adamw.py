@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_ops
-from lora_ops import _native
 from lora_ops.kernels.adamw import Slice, adamw_, constants
 from lora_ops.kernels.adamw.reference import update
 from lora_ops.quant.blockwise8.reference import dequantize_blockwise8, dynamic_map, quantize_blockwise8
+from lora_ops.runtime import native
 
 ROWS = [
     constants(1, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
@@ -69,17 +69,17 @@ slices = st.builds(
 )
 
 
-@pytest.mark.parametrize("isa", _native.supported_isas() if _native.available() else [])
+@pytest.mark.parametrize("isa", native.supported_isas() if native.available() else [])
 @settings(max_examples=30)
 @given(many=st.lists(slices, min_size=1, max_size=4), seed=st.sampled_from([None, 0, 2**63 - 1]))
 def test_native_equals_reference(isa: str, many: list[Slice], seed: int | None) -> None:
-    with _native.force_isa(isa):
+    with native.force_isa(isa):
         ours = run(many, "native", seed)
     for a, b in zip(ours, run(many, "reference", seed), strict=True):
         assert_same(a, b)
 
 
-@pytest.mark.parametrize("isa", _native.supported_isas() if _native.available() else [])
+@pytest.mark.parametrize("isa", native.supported_isas() if native.available() else [])
 @pytest.mark.parametrize("size", [0.0, 1e-21, 1e-19, 1e-38, 1e18])
 def test_states_at_the_ends_of_the_range(isa: str, size: float) -> None:
     """Blocks whose second moment is zero, subnormal or near overflow: the reciprocal of its absmax is not finite."""
@@ -87,7 +87,7 @@ def test_states_at_the_ends_of_the_range(isa: str, size: float) -> None:
     s.grad *= size
     s.exp_avg[:] = 127  # zero
     s.exp_avg_sq[:] = 0
-    with _native.force_isa(isa):
+    with native.force_isa(isa):
         ours = run([s], "native")[0]
     assert_same(ours, run([s], "reference")[0])
     assert ours.param.isfinite().all()

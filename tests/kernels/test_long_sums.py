@@ -13,12 +13,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lora_ops import _native
-from lora_ops._dispatch import use_backend
+from lora_ops.runtime import native
+from lora_ops.runtime.dispatch import use_backend
 from tests.cases import LinearCase, errors, run_ours
 from tests.tolerance import RATIO
 
-PLACES = ["reference", *(_native.supported_isas() if _native.available() else ())]
+PLACES = ["reference", *(native.supported_isas() if native.available() else ())]
 
 
 @pytest.fixture(params=PLACES)
@@ -26,7 +26,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
     """The reference, and the native kernels on each instruction set of this machine."""
     native = request.param != "reference"
     with (
-        _native.force_isa(request.param) if native else nullcontext(),
+        native.force_isa(request.param) if native else nullcontext(),
         use_backend("native" if native else "reference"),
     ):
         yield request.param

@@ -13,13 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora_ops
-from lora_ops import _native
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import operands
+from lora_ops.runtime import native
 from tests.cases import LinearCase, LinearInputs, assert_right, run_ours
 
-BACKENDS = ["reference", *(["native"] if _native.available() else [])]
+BACKENDS = ["reference", *(["native"] if native.available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 cases = st.builds(

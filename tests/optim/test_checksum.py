@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ops import _native
 from lora_ops.optim.checksum import checksum, portable_checksum
+from lora_ops.runtime import native
 
 EMPTY, RAMP = 0xBCCE5CDE79263CDE, 0x4EB8A3576AC0FEAC
 LENGTHS = (0, 1, 7, 8, 9, 4095, 4096, 4097, 8192, 20_001)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("isa", _native.supported_isas() if _native.available() else ["native"])
+@pytest.mark.parametrize("isa", native.supported_isas() if native.available() else ["native"])
 def test_native_equals_numpy(isa: str, n: int) -> None:
-    if reason := _native.unavailable_reason():
+    if reason := native.unavailable_reason():
         pytest.skip(reason)
     view = memoryview(random.Random(n).randbytes(n))
-    with _native.force_isa(isa):
+    with native.force_isa(isa):
         assert checksum(view) == portable_checksum(view)
 
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ops import _native
 from lora_ops.optim import AdamW, PagingError, optimizer_memory
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.states import PagedStates
+from lora_ops.runtime import native
 from tests.optim.conftest import EXTENT, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
@@ -322,7 +322,7 @@ def test_a_write_that_fails_behind_the_step_is_seen_ever_after(tmp_path: Path, m
     optimizer.close()
 
 
-@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+@pytest.mark.skipif(not native.available(), reason=f"only native code streams pages: {native.BUILD_HINT}")
 @pytest.mark.parametrize(("flags", "what"), [(os.O_RDONLY, "write"), (os.O_WRONLY, "read")])
 def test_a_routine_step_on_a_disk_that_fails(flags: int, what: str, tmp_path: Path) -> None:
     """The error names the file; frames are not lost, and what was half written is not taken for an extent."""
@@ -536,7 +536,7 @@ def test_what_a_fork_does_is_not_done_to_the_parent(budget: int, laid_out: bool)
     optimizer = AdamW([p], page_budget=budget * EXTENT, extent_bytes=EXTENT)
     for _ in range(3 if laid_out else 1):
         step(p, optimizer)
-    assert (optimizer._routine is not None) == (laid_out and _native.available())
+    assert (optimizer._routine is not None) == (laid_out and native.available())
     frames = [page.frame for page in optimizer._store.pager.table if page.frame is not None]  # type: ignore[union-attr]
     before = [frame.clone() for frame in frames]
     child = os.fork()

@@ -13,11 +13,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_ops import _native
 from lora_ops.kernels.adamw import Again, Table
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.pages import Pager
 from lora_ops.optim.tiers import FileTier
+from lora_ops.runtime import native
 
 EXTENT = 4096
 
@@ -251,7 +251,7 @@ def stream(pager: Pager, extents: Sequence[int]) -> int:
     return pager.stats.misses - before[0]
 
 
-@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+@pytest.mark.skipif(not native.available(), reason=f"only native code streams pages: {native.BUILD_HINT}")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 8, 9])
 def test_a_streamed_pass_misses_the_fewest_extents(frames: int, threads: int) -> None:
@@ -274,7 +274,7 @@ def test_a_streamed_pass_misses_the_fewest_extents(frames: int, threads: int) ->
         torch.set_num_threads(usual)
 
 
-@pytest.mark.skipif(not _native.available(), reason=f"only native code streams pages: {_native.BUILD_HINT}")
+@pytest.mark.skipif(not native.available(), reason=f"only native code streams pages: {native.BUILD_HINT}")
 def test_a_new_extent_is_zeros_in_a_frame_that_was_used() -> None:
     pager = Pager(FileTier(None, EXTENT), 1)
     pager.allocate(3)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ops import _native
 from lora_ops.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, PagingError, optimizer_memory
+from lora_ops.runtime import native
 from tests.optim.conftest import EXTENT, Run, assert_equal, state_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +239,7 @@ print(run(1 << 24, page_budget=budget, page_dir=folder + "/pages") if budget els
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM of /proc/self/status: run on Linux")
 @pytest.mark.skipif(
-    not _native.available(), reason=f"the reference needs temporaries beside the pages: {_native.BUILD_HINT}"
+    not native.available(), reason=f"the reference needs temporaries beside the pages: {native.BUILD_HINT}"
 )
 @pytest.mark.parametrize(("bits", "states"), [(32, 128 << 20), (8, (32 << 20) * 65 // 64)])
 def test_resident_memory_keeps_the_budget(bits: int, states: int, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_ops
-from lora_ops import _native
 from lora_ops.optim import AdamW
+from lora_ops.runtime import native
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason=f"needs the native library: {_native.BUILD_HINT}")
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"needs the native library: {native.BUILD_HINT}")
 SHAPES = ((70, 80), (5000,), (3,), (0, 4), (64, 64))
 
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_ops
-from lora_ops import _native
 from lora_ops.functional import dequantize_blockwise8, quantize_blockwise8
 from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.runtime import native
 
-BACKENDS = ["reference", *(["native"] if _native.available() else [])]
+BACKENDS = ["reference", *(["native"] if native.available() else [])]
 
 
 def nearest(v: float, table: list[Fraction]) -> int:
@@ -56,7 +56,7 @@ def test_round_trip(backend: str, n: int, block_size: int, signed: bool, seed: i
 
 
 def test_backends_agree_bit_for_bit() -> None:
-    if reason := _native.unavailable_reason():
+    if reason := native.unavailable_reason():
         pytest.skip(f"native backend: {reason}")
     x = torch.randn(100_003) * torch.logspace(-30, 30, 100_003)
     results = []

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ops.quant import crossovers as table
-from lora_ops.quant.crossovers import DEFAULT, Crossovers, crossovers, force, source, write
+from lora_ops.runtime import crossovers as table
+from lora_ops.runtime.crossovers import DEFAULT, Crossovers, crossovers, force, source, write
 
 GPU, CHIP = torch.device("cuda"), "NVIDIA H200"
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_ops
-from lora_ops import _native
 from lora_ops.functional import dequantize_nf4, nf4_linear, quantize_nf4
 from lora_ops.quant.nf4 import BLOCK_SIZES, operands
+from lora_ops.runtime import native
 from tests.cases import LinearCase, assert_right, run_ours
 
-BACKENDS = ["reference", *(["native"] if _native.available() else [])]
+BACKENDS = ["reference", *(["native"] if native.available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 cases = st.builds(

@@ -173,10 +173,10 @@ def test_no_arguments_are_read_from_a_file_beside_the_program(
 def test_bf16_that_is_slow_here_is_said_once(
     full: bool, sft_main: Main, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    from lora_ops import _machine
+    from lora_ops.runtime import machine
 
-    monkeypatch.setattr(_machine, "slow_16bit_reason", lambda *_: "products take 99 times as long here")
-    monkeypatch.setattr(_machine, "_told", set())
+    monkeypatch.setattr(machine, "slow_16bit_reason", lambda *_: "products take 99 times as long here")
+    monkeypatch.setattr(machine, "_told", set())
     kind = {"full": True, "quantize": "none"} if full else {}
     assert sft_main(max_steps=1, bf16=True, **kind)[0] == 0
     told = [r.getMessage() for r in caplog.records if "99 times" in r.getMessage()]

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ops import _native
 from lora_ops.optim.buffers import bytes_of
 from lora_ops.optim.checksum import checksum
 from lora_ops.optim.errors import PagingError
 from lora_ops.optim.tiers.base import TierStats
 from lora_ops.optim.tiers.folder import PageFolder
 from lora_ops.optim.tiers.passage import PAGE_CHECKSUM, PAGE_STORED, Passage
+from lora_ops.runtime import native
 
 
 class FileTier:
@@ -123,7 +123,7 @@ class FileTier:
     def release(self, frames: Sequence[Tensor]) -> None:
         """Nothing: the caller's work is done."""
 
-    def stream(self, batch: Passage, update: Callable[[_native.PageTable], _native.PageReport]) -> None:
+    def stream(self, batch: Passage, update: Callable[[native.PageTable], native.PageReport]) -> None:
         """Have native code move extents and do the caller's work on them, on its threads and not on the one here.
 
         Args:
@@ -211,7 +211,7 @@ class FileTier:
             "checksum mismatch; the states are lost, resume from a checkpoint"
         )
 
-    def _failure(self, report: _native.PageReport) -> PagingError:
+    def _failure(self, report: native.PageReport) -> PagingError:
         if report.failure == report.IO_CHECKSUM:
             return self._changed(report.failed_extent)
         if report.failure == report.IO_TRUNCATED:

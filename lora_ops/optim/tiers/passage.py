@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_ops import _native
+from lora_ops.runtime import native
 
 # Fields of lora_ops_page, 64 bits each.
 PAGE_FRAME, PAGE_DIRTY, PAGE_STORED, PAGE_CHECKSUM, PAGE_SLICES = 0, 1, 2, 3, slice(4, 6)
@@ -32,10 +32,10 @@ class Passage:
     order: NDArray[np.int64]
     spare: NDArray[np.int64]
 
-    def table(self, fd: int, extent_bytes: int) -> _native.PageTable:
+    def table(self, fd: int, extent_bytes: int) -> native.PageTable:
         """The C view, which needs this object as long as it is used."""
         addresses = np.array([frame.data_ptr() for frame in self.frames], dtype=np.int64)
-        table = _native.PageTable(fd, extent_bytes)
+        table = native.PageTable(fd, extent_bytes)
         for name, array in (
             ("frames", addresses), ("pages", self.pages), ("order", self.order), ("spare", self.spare),
         ):  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import lora_ops
-from lora_ops._triton import interpreting
+from lora_ops.runtime.triton_launch import interpreting
 
 if interpreting():
     from tests.gpu_proof import interpreter

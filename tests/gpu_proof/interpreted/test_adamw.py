@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_ops
-from lora_ops._triton import Launch, record_launches
 from lora_ops.kernels.adamw import Slice, adamw_, op, triton_impl
 from lora_ops.quant.blockwise8.reference import dequantize_blockwise8
+from lora_ops.runtime.triton_launch import Launch, record_launches
 from tests.gpu_proof.interpreter import OutOfBounds, count_traffic, run_virtually
 from tests.gpu_proof.mutant import mutant
 from tests.kernels.test_adamw import ROWS, assert_same, make, run

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from lora_ops._triton import GateCase, Launch
 from lora_ops.kernels.lora_linear import triton_impl as lora
 from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.runtime.triton_launch import GateCase, Launch
 from tests.gpu_proof import registry
 from tests.gpu_proof.interpreter import OutOfBounds, run_virtually
 

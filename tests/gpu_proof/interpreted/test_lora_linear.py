@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
-from lora_ops._triton import record_launches
 from lora_ops.functional import lora_linear
 from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
 from lora_ops.kernels.philox import dropout_mask, keep_scale
-from lora_ops.quant.crossovers import force
+from lora_ops.runtime.crossovers import force
+from lora_ops.runtime.triton_launch import record_launches
 from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof import interpreter, traffic
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_ops
-from lora_ops._triton import record_launches
 from lora_ops.functional import nf4_linear, quantize_nf4
-from lora_ops.quant.crossovers import force
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl
+from lora_ops.runtime.crossovers import force
+from lora_ops.runtime.triton_launch import record_launches
 from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof.interpreter import count_traffic
 

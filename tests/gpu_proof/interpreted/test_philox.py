@@ -8,9 +8,9 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ops._triton import launch
 from lora_ops.kernels.philox import dropout_mask, threshold
 from lora_ops.kernels.philox.triton_impl import keep_mask
+from lora_ops.runtime.triton_launch import launch
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import platform
 import torch
 from torch import nn
 
-from lora_ops._checks import dtype_name
+from lora_ops.runtime.checks import dtype_name
 
 logger = logging.getLogger("lora_ops")
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled
 
-from lora_ops import _cuda, _native
-from lora_ops._checks import dtype_name
+from lora_ops.runtime import cuda, native
+from lora_ops.runtime.checks import dtype_name
 
 logger = logging.getLogger("lora_ops")
 
@@ -56,9 +56,9 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         # Until a GPU has verified and timed it.
-        Backend("cuda", "cuda_impl", ("cuda",), _cuda.unavailable_reason, automatic=False),
+        Backend("cuda", "cuda_impl", ("cuda",), cuda.unavailable_reason, automatic=False),
         Backend("triton", "triton_impl", ("cuda",), _triton_unavailable),
-        Backend("native", "native_impl", ("cpu",), _native.unavailable_reason),
+        Backend("native", "native_impl", ("cpu",), native.unavailable_reason),
         Backend("reference", "reference", (), lambda: None),
     )
 }

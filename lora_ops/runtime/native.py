@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 ABI_VERSION = 3
-LIBRARY_PATH = Path(__file__).with_name("_liblora_ops.so")
+LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops.so"
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 
 ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}

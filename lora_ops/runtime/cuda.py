@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ops._native import dtype_number
+from lora_ops.runtime.native import dtype_number
 
 ABI_VERSION = 1
-LIBRARY_PATH = Path(__file__).with_name("_liblora_ops_cuda.so")
+LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops_cuda.so"
 BUILD_HINT = "with nvcc of CUDA 12.8 or newer, `make cuda` or LORA_OPS_BUILD_CUDA=1 pip install builds it"
 _CUDA_ERROR = 1000
 
