@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lora_ops.kernels.adamw.reference import BLOCK_SIZE
 from lora_ops.kernels.philox.reference import LANES
 from lora_ops.quant.blockwise8.triton_impl import map_on, thresholds_on
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
-from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
+from lora_ops.runtime.triton_launch import declines_device, launch
 
 TILE = 2048  # with codes 16 elements a thread, so that those are 16 bytes
 WARPS = {True: 4, False: 8}  # with codes, and without: on 4 ptxas spills for sm_89, with 1024 elements on 4 for sm_100
@@ -195,28 +195,3 @@ def declines(op: str, params: Sequence[Tensor], grads: Sequence[Tensor], *states
 
 
 IMPLS: dict[str, Callable] = {"adamw_": adamw_}
-
-
-def gate() -> Iterator[GateCase]:
-    """Every combination of dtypes, bits and rounding that the launcher can produce."""
-    dtypes = [(p, g) for p in _DTYPES for g in dict.fromkeys((p, torch.float32))]
-    for (p, g), bits in itertools.product(dtypes, (32, 8)):
-        for seed in (None, 5) if p == torch.bfloat16 else (None,):
-            n, state = 1 << 20, torch.uint8 if bits == 8 else torch.float32
-            shapes = [
-                (n, p),
-                (n, g),
-                (n, state),
-                (n, state),
-                *([(n // BLOCK_SIZE, torch.float32)] * 2 if bits == 8 else []),
-            ]
-            operands = [torch.empty(size, dtype=dtype, device="meta") for size, dtype in shapes]
-            names = (str(t).removeprefix("torch.") for t in (p, g))
-            name = f"{bits}-bit {' '.join(names)}{' stochastic' if seed else ''}"
-            yield GateCase(name, _meta_call(operands, seed), Expect(wide="load store", exact=True))
-
-
-def _meta_call(operands: list[Tensor], seed: int | None) -> Callable[[], None]:
-    p, g, m, v, *absmaxes = operands
-    constants = torch.empty(1, 8, device="meta")
-    return lambda: adamw_([p], [g], [m], [v], absmaxes, constants, torch.tensor([[0, 0, 1, 0]]), seed)

@@ -1,9 +1,10 @@
 """The products that write [M, N]: the low-rank term alone, and a GEMM that starts from it.
 
-    expand      y = scale · D ∘ (T L) + b                      # cuBLAS adds x W to it afterwards: the β=1 route
-    lora_gemm   y = x W + scale · D ∘ (T L) + b                # the low-rank term as one more K-step, one rounding
+    expand      y = scale · D ∘ (S Bᵀ) + b                # cuBLAS adds x Wᵀ to it afterwards: the β=1 route
+    lora_gemm   y = x Wᵀ + scale · D ∘ (S Bᵀ) + b         # the low-rank term as one more K-step, one rounding
 
-Forward: T = S, L = Bᵀ, no mask. Backward (dX): T = dY B, L = A, D the mask, x = dY.
+Names are the forward's, where D is all ones. dX = dY W + scale · D ∘ (dY B A) is the same product of other operands:
+dY for x, Wᵀ for W, dS / scale = dY B for S, Aᵀ for B, without a bias and with D the mask.
 The low-rank term comes first: it is scaled, masked and joined by the bias while the accumulator holds nothing else, so
 that no second accumulator is needed.
 """
@@ -23,7 +24,7 @@ from lora_ops.runtime.triton_launch import launch
 
 # Ranks of one step, whose operands stand in registers: the smallest that a matrix instruction takes.
 BLOCK_R = 16
-GROUP_M = 8  # blocks of rows that share their columns of W while those are in L2
+GROUP_M = 8  # blocks of rows that share their columns of y while those of W are in L2
 
 
 @dataclass(frozen=True)
@@ -40,36 +41,40 @@ class Tile:
 # Bandwidth-bound: 64 accumulator registers a thread, many programs.
 EXPAND_16BIT = Tile(64, 128, 0, 4, 1)
 EXPAND_32BIT = Tile(32, 32, 0, 4, 1)
+EXPAND_RAGGED = Tile(64, 64, 0, 4, 1)  # with 128 columns Triton 3.6 spills 8 bytes on sm_100
 # (128 · 64 + 64 · 128) · 2 bytes = 32 KB a stage: 3 stages fit the 99 KB of sm_89 and sm_120.
 GEMM = Tile(128, 128, 64, 8, 3)
+# Rows of odd lengths load element by element, each with an address and a mask in registers: 24 elements a thread and
+# step instead of 64.
+GEMM_RAGGED = Tile(128, 64, 32, 8, 2)
 
 
 @triton.jit
 def _low_rank_tile(
-    t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
-    stride_lr, stride_ln, SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    s_ptr, lora_b_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+    stride_bn, stride_br, SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """scale · D ∘ (T L) + b of one tile, float32."""
+    """scale · D ∘ (S Bᵀ) + b of one tile, float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for r in tl.range(0, R, BLOCK_R, num_stages=1):  # a few steps: buffers to pipeline them would be wasted
         ranks = r + tl.arange(0, BLOCK_R)
-        t_inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        low_inside = (ranks < R)[:, None] & (columns < N)[None, :]
+        s_inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        b_inside = (ranks < R)[:, None] & (columns < N)[None, :]
         from_ranks = ranks
         if ODD_RANK:  # masks that differ from rank to rank spill: load the last one for those beyond, which become 0
-            t_inside = (rows < M)[:, None]
-            low_inside = (columns < N)[None, :]
+            s_inside = (rows < M)[:, None]
+            b_inside = (columns < N)[None, :]
             from_ranks = tl.minimum(ranks, R - 1)
-        t_at = rows.to(tl.int64)[:, None] * R + from_ranks[None, :]
-        t = tl.load(t_ptr + t_at, mask=t_inside, other=0.0).to(DTYPE)
-        low_at = from_ranks[:, None] * stride_lr + columns[None, :] * stride_ln
-        low = tl.load(l_ptr + low_at, mask=low_inside, other=0.0).to(DTYPE)
+        s_at = rows.to(tl.int64)[:, None] * R + from_ranks[None, :]
+        s = tl.load(s_ptr + s_at, mask=s_inside, other=0.0).to(DTYPE)
+        b_at = from_ranks[:, None] * stride_br + columns[None, :] * stride_bn
+        b = tl.load(lora_b_ptr + b_at, mask=b_inside, other=0.0).to(DTYPE)
         if ODD_RANK:
-            t = tl.where((ranks < R)[None, :], t, 0.0)
-            low = tl.where((ranks < R)[:, None], low, 0.0)
-        acc = tl.dot(t, low, acc, input_precision="ieee")  # [BLOCK_M, R] @ [R, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+            s = tl.where((ranks < R)[None, :], s, 0.0)
+            b = tl.where((ranks < R)[:, None], b, 0.0)
+        acc = tl.dot(s, b, acc, input_precision="ieee")  # [BLOCK_M, R] @ [R, BLOCK_N] -> [BLOCK_M, BLOCK_N]
     acc *= scalar(scale, SCALE_POINTER) * keep_scale
     if DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0, BLOCK_M, BLOCK_N)
@@ -81,18 +86,18 @@ def _low_rank_tile(
 
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _expand_kernel(
-    t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, R, stride_lr, stride_ln,
+    s_ptr, lora_b_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, R, stride_bn, stride_br,
     SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = scale · D ∘ (T L) + b."""
+    """y = scale · D ∘ (S Bᵀ) + b."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tl.program_id(1) * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     acc = _low_rank_tile(
-        t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
-        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
+        s_ptr, lora_b_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+        stride_bn, stride_br, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     y_at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
@@ -100,13 +105,13 @@ def _expand_kernel(
 
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_gemm_kernel(
-    x_ptr, w_ptr, t_ptr, l_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, K, R,
-    stride_xm, stride_wk, stride_wn, stride_lr, stride_ln,
+    x_ptr, w_ptr, s_ptr, lora_b_ptr, bias_ptr, y_ptr, scale, seed_ptr, threshold, keep_scale, M, N, K, R,
+    stride_xm, stride_wn, stride_wk, stride_bn, stride_br,
     SCALE_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """y = x W + scale · D ∘ (T L) + b."""
+    """y = x Wᵀ + scale · D ∘ (S Bᵀ) + b."""
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -118,8 +123,8 @@ def _lora_gemm_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = _low_rank_tile(
-        t_ptr, l_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
-        stride_lr, stride_ln, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
+        s_ptr, lora_b_ptr, bias_ptr, scale, seed_ptr, threshold, keep_scale, rows, columns, first_column, M, N, R,
+        stride_bn, stride_br, SCALE_POINTER, HAS_BIAS, DROPOUT, dtype, ODD_RANK, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
     w_columns = w_ptr + columns.to(tl.int64)[None, :] * stride_wn
@@ -133,32 +138,26 @@ def _lora_gemm_kernel(
     tl.store(y_ptr + y_at, acc.to(dtype), (rows < M)[:, None] & (columns < N)[None, :])
 
 
-# Rows of odd lengths load element by element, each with an address and a mask in registers: 24 elements a thread and
-# step instead of 64.
-GEMM_RAGGED = Tile(128, 64, 32, 8, 2)
-EXPAND_RAGGED = Tile(64, 64, 0, 4, 1)  # with 128 columns Triton 3.6 spills 8 bytes on sm_100
-
-
 def expand(
-    t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout, dtype: torch.dtype
+    s: Tensor, lora_b: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout, dtype: torch.dtype
 ) -> Tensor:
-    """scale · D ∘ (T L) + b in `dtype`.
+    """scale · D ∘ (S Bᵀ) + b in `dtype`.
 
     Args:
-        t: [M, R], float32, contiguous; rounded to `dtype` as an operand.
-        low: [R, N], any strides; likewise.
+        s: [M, R], float32, contiguous; rounded to `dtype` as an operand.
+        lora_b: [N, R], any strides; likewise.
         bias: [N], contiguous, or None.
 
     Returns:
         [M, N].
     """
-    (m, r), n = t.shape, low.shape[1]
+    (m, r), n = s.shape, lora_b.shape[0]
     tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT if n % 16 == 0 else EXPAND_RAGGED
-    y = torch.empty(m, n, dtype=dtype, device=t.device)
+    y = torch.empty(m, n, dtype=dtype, device=s.device)
     launch(
         _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
-        t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
-        m, n, r, low.stride(0), low.stride(1),
+        s, lora_b, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, n, r, *lora_b.stride(),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on, ODD_RANK=r % 16 != 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=BLOCK_R,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -167,27 +166,27 @@ def expand(
 
 
 def lora_gemm(
-    x: Tensor, w: Tensor, t: Tensor, low: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout
+    x: Tensor, w: Tensor, s: Tensor, lora_b: Tensor, bias: Tensor | None, scale: float | Tensor, dropout: Dropout
 ) -> Tensor:
-    """x W + scale · D ∘ (T L) + b in x's dtype, rounded once.
+    """x Wᵀ + scale · D ∘ (S Bᵀ) + b in x's dtype, rounded once.
 
     Args:
         x: [M, K] of 16 bits with unit stride along K (float32 has no matrix instruction of its accuracy: expand).
-        w: [K, N], any strides.
-        t, low, bias: as `expand` takes them.
+        w: [N, K], any strides.
+        s, lora_b, bias: as `expand` takes them.
 
     Returns:
         [M, N].
     """
-    (m, k), r, n = x.shape, t.shape[1], w.shape[1]
+    (m, k), r, n = x.shape, s.shape[1], w.shape[0]
     # Of a size or stride Triton sees whether it is a multiple of 16; of W one of the strides is 1.
     whole = all(size % 16 == 0 for size in (n, k, x.stride(0), max(w.stride())))
     tile = GEMM if whole else GEMM_RAGGED
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     launch(
         _lora_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
-        x, w, t, low, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
-        m, n, k, r, x.stride(0), w.stride(0), w.stride(1), low.stride(0), low.stride(1),
+        x, w, s, lora_b, bias, y, scale, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, n, k, r, x.stride(0), *w.stride(), *lora_b.stride(),
         SCALE_POINTER=isinstance(scale, Tensor), HAS_BIAS=bias is not None, DROPOUT=dropout.on, ODD_RANK=r % 16 != 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_R=BLOCK_R, GROUP_M=GROUP_M,

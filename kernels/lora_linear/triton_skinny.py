@@ -1,9 +1,9 @@
 """Products of an activation with a matrix of rank R, each with one read of the activation.
 
-With D = mask · keep_scale (all ones without dropout), for x [M, K] and any of dY [M, N]:
-    reduce_rows    S[m, r] = Σ_k (D ∘ x)[m, k] A[r, k]         # S, and T = dY B by the strides of B
-    reduce_columns G[k, r] = Σ_m (D ∘ x)[m, k] T[m, r]         # dA, dB; and Σ_m x, the bias' gradient
-    reduce_both    T and G of one operand                      # T = dY B and dB = dYᵀ S from one read of dY
+With D = mask · keep_scale (all ones without dropout), and `ds` = dS / scale = dY B, since scale multiplies sums:
+    reduce_rows    S = (D ∘ x) Aᵀ                      # and ds, as the same product of dY and Bᵀ
+    reduce_columns dA = scale · dsᵀ (D ∘ x)            # and dB, as the same product of dY and S; Σ_m dY, db
+    reduce_both    ds = dY B, dB = scale · dYᵀ S, db   # from one read of dY
 
 They are bandwidth-bound: at R = 16 an element takes 2 R = 32 FLOPs, 16 a byte, where an H200 is balanced at 206.
 Sums over several programs go through a workspace and are added in one fixed order by a second kernel: no atomics, so
@@ -32,7 +32,7 @@ REDUCE_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile [block_m, block_k] of the activation; num_stages tiles of it are in flight."""
+    """Tile [block_m, block_k] of the activation, rows and columns; num_stages tiles of it are in flight."""
 
     block_m: int
     block_k: int
@@ -41,11 +41,9 @@ class Tile:
     maxnreg: int | None = None  # of NVIDIA; None: ptxas may spill a little, if two programs then fit an SM
 
     @property
-    def meta(self) -> dict[str, int | None]:
+    def options(self) -> dict[str, int | None]:
         """As launch arguments."""
-        shape = {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k}
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
-        return shape | options
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
 
 Tiles = dict[int, Tile]
@@ -67,7 +65,7 @@ COLUMNS_16BIT = {
     128: Tile(32, 64, 8, 2),
     256: Tile(16, 64, 8, 2),
 }
-# block_k is wide because each block of columns writes its own partial T; 8 warps because Triton 3.6 spills with 4.
+# block_k is wide because each block of columns writes its own partial ds; 8 warps because Triton 3.6 spills with 4.
 BOTH_16BIT = {
     16: Tile(32, 256, 8, 3),
     32: Tile(16, 128, 4, 3),
@@ -77,6 +75,26 @@ BOTH_16BIT = {
 # many SMs the registers cost nothing; on smaller ones a second program no longer hides the first one's loads.
 ROWS_ODD = ROWS_16BIT | {64: Tile(64, 32, 4, 3), 256: Tile(32, 16, 8, 2)}
 COLUMNS_ODD = COLUMNS_16BIT | {64: Tile(32, 128, 8, 2, maxnreg=255), 128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
+# Where rows of the activation are no multiple of 16 elements, they load element by element, and gfx942 keeps a mask of
+# each in two scalar registers: few elements a thread, of any rank.
+ROWS_RAGGED = {
+    16: Tile(64, 32, 4, 2),
+    32: Tile(64, 32, 4, 2),
+    64: Tile(64, 32, 8, 2),
+    128: Tile(64, 16, 8, 2),
+    256: Tile(32, 16, 8, 2),
+}
+COLUMNS_RAGGED = {
+    16: Tile(32, 64, 4, 2),
+    32: Tile(16, 64, 4, 2),
+    64: Tile(16, 64, 8, 2),
+    128: Tile(16, 64, 8, 2),
+    256: Tile(16, 32, 8, 2),
+}
+BOTH_RAGGED = {
+    16: Tile(32, 64, 4, 2),
+    32: Tile(16, 128, 4, 3),
+}
 # float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
 # operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
 ROWS_32BIT = {
@@ -173,8 +191,8 @@ def _load_x(
 
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _reduce_rows_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, threshold, keep_scale, M, K, R, stride_xm, stride_ar, stride_ak, columns_per_split,
-    DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
+    x_ptr, lora_a_ptr, s_ptr, seed_ptr, threshold, keep_scale, M, K, R, stride_xm, stride_ar, stride_ak,
+    columns_per_split, DROPOUT: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """S[z, m, r] = Σ_k (D ∘ x)[m, k] A[r, k] over the columns k of split z."""
@@ -188,7 +206,7 @@ def _reduce_rows_kernel(
         x = _load_x(x_ptr, rows, k, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
         columns = k + tl.arange(0, BLOCK_K)
         a = tl.load(
-            a_ptr + from_ranks[:, None] * stride_ar + columns[None, :] * stride_ak,
+            lora_a_ptr + from_ranks[:, None] * stride_ar + columns[None, :] * stride_ak,
             mask=(ranks < limit)[:, None] & (columns < K)[None, :],
             other=0.0,
         ).to(x.dtype)
@@ -199,76 +217,76 @@ def _reduce_rows_kernel(
 
 @triton.jit(do_not_specialize=["threshold", "M"])
 def _reduce_columns_kernel(
-    x_ptr, t_ptr, g_ptr, sum_ptr, seed_ptr, threshold, M, K, R, stride_xm, stride_gk, stride_gr, rows_per_split,
-    DROPOUT: tl.constexpr, SUM: tl.constexpr, ODD_RANK: tl.constexpr,
+    x_ptr, ds_ptr, dlora_a_ptr, sum_ptr, seed_ptr, threshold, M, K, R, stride_xm, stride_dar, stride_dak,
+    rows_per_split, DROPOUT: tl.constexpr, SUM: tl.constexpr, ODD_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """G[z, k, r] = Σ_m (mask ∘ x)[m, k] T[m, r] and sum[z, k] = Σ_m x[m, k] over the rows m of split z."""
+    """dA[z, r, k] = Σ_m ds[m, r] (mask ∘ x)[m, k] and sum[z, k] = Σ_m x[m, k] over the rows m of split z."""
     first = tl.program_id(0) * BLOCK_K
     split = tl.program_id(1)
     columns = first + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     from_ranks, limit = _ranks(R, ODD_RANK, BLOCK_R)
     begin = split * rows_per_split
-    g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    da = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_K], dtype=tl.float32)
     for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         x = _load_x(x_ptr, rows, first, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)
-        t = tl.load(
-            t_ptr + rows.to(tl.int64)[:, None] * R + from_ranks[None, :],
+        ds = tl.load(
+            ds_ptr + rows.to(tl.int64)[:, None] * R + from_ranks[None, :],
             mask=(rows < M)[:, None] & (ranks < limit)[None, :],
             other=0.0,
         ).to(x.dtype)
-        g = tl.dot(tl.trans(t), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
+        da = tl.dot(tl.trans(ds), x, da, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
         if SUM:
             total += tl.sum(x.to(tl.float32), axis=0)
-    g_ptr += split.to(tl.int64) * K * R
-    g_at = ranks[:, None] * stride_gr + columns.to(tl.int64)[None, :] * stride_gk
-    tl.store(g_ptr + g_at, g, (ranks < R)[:, None] & (columns < K)[None, :])
+    dlora_a_ptr += split.to(tl.int64) * K * R
+    da_at = ranks[:, None] * stride_dar + columns.to(tl.int64)[None, :] * stride_dak
+    tl.store(dlora_a_ptr + da_at, da, (ranks < R)[:, None] & (columns < K)[None, :])
     if SUM:
         tl.store(sum_ptr + split.to(tl.int64) * K + columns, total, columns < K)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _reduce_both_kernel(
-    x_ptr, b_ptr, s_ptr, t_ptr, g_ptr, sum_ptr, M, K, R, stride_xm, stride_br, stride_bk, rows_per_split,
+    dy_ptr, lora_b_ptr, s_ptr, ds_ptr, dlora_b_ptr, sum_ptr, M, N, R, stride_dym, stride_bn, stride_br, rows_per_split,
     SUM: tl.constexpr, ODD_RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Of the columns k of block j and the rows m of split z, with one read of x:
+    """Of the columns n of block j and the rows m of split z, with one read of dY:
 
-    T[j, m, r] = Σ_k x[m, k] B[r, k],   G[z, k, r] = Σ_m x[m, k] S[m, r],   sum[z, k] = Σ_m x[m, k].
+    ds[j, m, r] = Σ_n dY[m, n] B[n, r],   dB[z, n, r] = Σ_m dY[m, n] S[m, r],   sum[z, n] = Σ_m dY[m, n].
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
-    first = block * BLOCK_K
-    columns = first + tl.arange(0, BLOCK_K)
+    first = block * BLOCK_N
+    columns = first + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     from_ranks, limit = _ranks(R, ODD_RANK, BLOCK_R)
     begin = split * rows_per_split
-    g = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-    total = tl.zeros([BLOCK_K], dtype=tl.float32)
-    g_inside = (ranks < R)[:, None] & (columns < K)[None, :]
-    b_at = from_ranks[:, None] * stride_br + columns[None, :] * stride_bk
-    b_inside = (ranks < limit)[:, None] & (columns < K)[None, :]
-    b = tl.load(b_ptr + b_at, mask=b_inside, other=0.0).to(x_ptr.dtype.element_ty)
+    db = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    db_inside = (ranks < R)[:, None] & (columns < N)[None, :]
+    b_at = from_ranks[:, None] * stride_br + columns[None, :] * stride_bn
+    b_inside = (ranks < limit)[:, None] & (columns < N)[None, :]
+    b = tl.load(lora_b_ptr + b_at, mask=b_inside, other=0.0).to(dy_ptr.dtype.element_ty)
     for m in range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        x = _load_x(x_ptr, rows, first, M, K, stride_xm, x_ptr, 0, False, BLOCK_M, BLOCK_K)
-        t_inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        t_rows = rows.to(tl.int64)[:, None] * R
-        t = tl.dot(x, tl.trans(b), input_precision="ieee")  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R] -> [BLOCK_M, R]
-        tl.store(t_ptr + block.to(tl.int64) * M * R + t_rows + ranks[None, :], t, t_inside)
+        dy = _load_x(dy_ptr, rows, first, M, N, stride_dym, dy_ptr, 0, False, BLOCK_M, BLOCK_N)
+        ds_inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        s_rows = rows.to(tl.int64)[:, None] * R
+        ds = tl.dot(dy, tl.trans(b), input_precision="ieee")  # [BLOCK_M, BLOCK_N] @ [BLOCK_N, R] -> [BLOCK_M, R]
+        tl.store(ds_ptr + block.to(tl.int64) * M * R + s_rows + ranks[None, :], ds, ds_inside)
         s_inside = (rows < M)[:, None] & (ranks < limit)[None, :]
-        s = tl.load(s_ptr + t_rows + from_ranks[None, :], mask=s_inside, other=0.0).to(x.dtype)
-        g = tl.dot(tl.trans(s), x, g, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_K] -> [R, BLOCK_K]
+        s = tl.load(s_ptr + s_rows + from_ranks[None, :], mask=s_inside, other=0.0).to(dy.dtype)
+        db = tl.dot(tl.trans(s), dy, db, input_precision="ieee")  # [R, BLOCK_M] @ [BLOCK_M, BLOCK_N] -> [R, BLOCK_N]
         if SUM:
-            total += tl.sum(x.to(tl.float32), axis=0)
-    g_at = columns.to(tl.int64)[None, :] * R + ranks[:, None]
-    tl.store(g_ptr + split.to(tl.int64) * K * R + g_at, g, g_inside)
+            total += tl.sum(dy.to(tl.float32), axis=0)
+    db_at = columns.to(tl.int64)[None, :] * R + ranks[:, None]
+    tl.store(dlora_b_ptr + split.to(tl.int64) * N * R + db_at, db, db_inside)
     if SUM:
-        tl.store(sum_ptr + split.to(tl.int64) * K + columns, total, columns < K)
+        tl.store(sum_ptr + split.to(tl.int64) * N + columns, total, columns < N)
 
 
 @triton.jit
@@ -283,28 +301,6 @@ def _add_partials_kernel(
         partial_ptr += n
     total *= scalar(scale, SCALE_POINTER) * factor
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
-
-
-# Where rows of the activation are no multiple of 16 elements, they load element by element, and gfx942 keeps a mask of
-# each in two scalar registers: few elements a thread, of any rank.
-ROWS_RAGGED = {
-    16: Tile(64, 32, 4, 2),
-    32: Tile(64, 32, 4, 2),
-    64: Tile(64, 32, 8, 2),
-    128: Tile(64, 16, 8, 2),
-    256: Tile(32, 16, 8, 2),
-}
-COLUMNS_RAGGED = {
-    16: Tile(32, 64, 4, 2),
-    32: Tile(16, 64, 4, 2),
-    64: Tile(16, 64, 8, 2),
-    128: Tile(16, 64, 8, 2),
-    256: Tile(16, 32, 8, 2),
-}
-BOTH_RAGGED = {
-    16: Tile(32, 64, 4, 2),
-    32: Tile(16, 128, 4, 3),
-}
 
 
 def _ragged(x: Tensor) -> bool:
@@ -345,45 +341,45 @@ def add_partials(
     return out
 
 
-def reduce_rows(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
+def reduce_rows(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
     """S = (D ∘ x) Aᵀ, float32.
 
     Args:
         x: [M, K] with unit stride along K.
-        a: [R, K], any strides; rounded to x's dtype as an operand.
+        lora_a: [R, K], any strides; rounded to x's dtype as an operand.
 
     Returns:
         [M, R].
     """
-    (m, k), r = x.shape, a.shape[0]
+    (m, k), r = x.shape, lora_a.shape[0]
     tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_RAGGED, ROWS_32BIT, x, r)
     blocks = triton.cdiv(m, tile.block_m)
     per_split, splits = _per_split(k, tile.block_k, blocks)
     partial = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     launch(
         _reduce_rows_kernel, (blocks, splits),
-        x, a, partial, dropout.seed, dropout.threshold, dropout.keep_scale,
-        m, k, r, x.stride(0), a.stride(0), a.stride(1), per_split,
-        DROPOUT=dropout.on, **_rank_meta(r), **tile.meta,
+        x, lora_a, partial, dropout.seed, dropout.threshold, dropout.keep_scale,
+        m, k, r, x.stride(0), *lora_a.stride(), per_split,
+        DROPOUT=dropout.on, **_rank_meta(r), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, **tile.options,
     )  # fmt: skip
     return add_partials(partial, torch.float32)
 
 
 def reduce_columns(
-    x: Tensor, t: Tensor, dropout: Dropout, scale: float | Tensor, dtype: torch.dtype,
+    x: Tensor, ds: Tensor, dropout: Dropout, scale: float | Tensor, dtype: torch.dtype,
     *, rank_first: bool, sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """G = scale · (D ∘ x)ᵀ T in `dtype`, and Σ_m x in sum_dtype if that is given.
+    """dA = scale · dsᵀ (D ∘ x) in `dtype`, and Σ_m x in sum_dtype if that is given.
 
     Args:
         x: [M, K] with unit stride along K.
-        t: [M, R], float32, contiguous; rounded to x's dtype as an operand.
-        rank_first: G is [R, K] instead of [K, R].
+        ds: [M, R], float32, contiguous; rounded to x's dtype as an operand.
+        rank_first: the result is [R, K], as dA is; else [K, R], as is dB with dY for x and S for ds.
 
     Returns:
-        G and the sum [K], or None.
+        dA and the sum [K], or None.
     """
-    (m, k), r = x.shape, t.shape[1]
+    (m, k), r = x.shape, ds.shape[1]
     tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_RAGGED, COLUMNS_32BIT, x, r)
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
@@ -391,41 +387,43 @@ def reduce_columns(
     sums = None if sum_dtype is None else torch.empty(splits, k, dtype=torch.float32, device=x.device)
     launch(
         _reduce_columns_kernel, (blocks, splits),
-        x, t, partial, sums, dropout.seed, dropout.threshold,
-        m, k, r, x.stride(0), *((1, k) if rank_first else (r, 1)), per_split,
-        DROPOUT=dropout.on, SUM=sums is not None, **_rank_meta(r), **tile.meta,
+        x, ds, partial, sums, dropout.seed, dropout.threshold,
+        m, k, r, x.stride(0), *((k, 1) if rank_first else (1, r)), per_split,
+        DROPOUT=dropout.on, SUM=sums is not None, **_rank_meta(r),
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, **tile.options,
     )  # fmt: skip
-    g = add_partials(partial, dtype, scale, dropout.keep_scale)
-    return g, None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
+    dlora_a = add_partials(partial, dtype, scale, dropout.keep_scale)
+    return dlora_a, None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
 
 
 def reduce_both(
-    x: Tensor, b: Tensor, s: Tensor, scale: float | Tensor, dtype: torch.dtype, *, sum_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """T = x Bᵀ in float32, G = scale · xᵀ S in `dtype`, and Σ_m x in sum_dtype if that is given, from one read of x.
+    dy: Tensor, lora_b: Tensor, s: Tensor, scale: float | Tensor, dtype: torch.dtype,
+    *, sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """ds = dY B in float32, dB = scale · dYᵀ S in `dtype`, and Σ_m dY in sum_dtype if that is given: one read of dY.
 
     Args:
-        x: [M, K] with unit stride along K; `reads_once(x.dtype, R)`.
-        b: [R, K], any strides; rounded to x's dtype as an operand.
-        s: [M, R], float32, contiguous; rounded to x's dtype as an operand.
+        dy: [M, N] with unit stride along N; `reads_once(dy.dtype, R)`.
+        lora_b: [N, R], any strides; rounded to dy's dtype as an operand.
+        s: [M, R], float32, contiguous; rounded to dy's dtype as an operand.
 
     Returns:
-        T [M, R], G [K, R], and the sum [K] or None.
+        ds [M, R], dB [N, R], and the sum [N] or None.
     """
-    (m, k), r = x.shape, b.shape[0]
-    tile = (BOTH_RAGGED if _ragged(x) else BOTH_16BIT)[padded_rank(r)]
-    blocks = triton.cdiv(k, tile.block_k)
+    (m, n), r = dy.shape, lora_b.shape[1]
+    tile = (BOTH_RAGGED if _ragged(dy) else BOTH_16BIT)[padded_rank(r)]
+    blocks = triton.cdiv(n, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
 
     def workspace(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
+        return torch.empty(shape, dtype=torch.float32, device=dy.device)
 
-    t, g = workspace(blocks, m, r), workspace(splits, k, r)
-    sums = None if sum_dtype is None else workspace(splits, k)
+    ds, dlora_b = workspace(blocks, m, r), workspace(splits, n, r)
+    sums = None if sum_dtype is None else workspace(splits, n)
     launch(
         _reduce_both_kernel, (blocks, splits),
-        x, b, s, t, g, sums, m, k, r, x.stride(0), b.stride(0), b.stride(1), per_split,
-        SUM=sums is not None, **_rank_meta(r), **tile.meta,
+        dy, lora_b, s, ds, dlora_b, sums, m, n, r, dy.stride(0), *lora_b.stride(), per_split,
+        SUM=sums is not None, **_rank_meta(r), BLOCK_M=tile.block_m, BLOCK_N=tile.block_k, **tile.options,
     )  # fmt: skip
     total = None if sums is None or sum_dtype is None else add_partials(sums, sum_dtype)
-    return add_partials(t, torch.float32), add_partials(g, dtype, scale), total
+    return add_partials(ds, torch.float32), add_partials(dlora_b, dtype, scale), total

@@ -1,14 +1,13 @@
-"""How Triton kernels are launched, and what each op file declares for the proofs in tests/gpu_proof.
+"""How Triton kernels are launched, and their launches recorded.
 
 Every launcher calls `launch(kernel, grid, ...)`. While `record_launches()` is open the calls are recorded, and with
-`run=False` not executed: the gate compiles exactly the signatures and configs that the real launchers produce. An op's
-triton_impl.py lists the calls to compile: `gate() -> Iterator[GateCase]`.
+`run=False` not executed: tests/gpu_proof compiles exactly the signatures and configs that the real launchers produce.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,54 +109,3 @@ def declines_device(device: torch.device) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"triton kernels run on cuda, not on {device.type}"
-
-
-# What the compile gate asks of a kernel's code.
-
-MMA: Mapping[str, str] = {
-    "sm_80": "HMMA",
-    "sm_89": "HMMA",
-    "sm_90": "HGMMA",
-    "sm_100": "UTCHMMA",
-    "sm_120": "HMMA",
-    "gfx942": "v_mfma",
-}
-HMMA: Mapping[str, str] = {**MMA, "sm_90": "HMMA", "sm_100": "HMMA"}  # tiles of fewer rows than wgmma's 64
-# `Expect.wide` where a matrix has an odd number of columns: its rows begin at any element, not every 16 bytes.
-ODD_ROWS = ""
-
-
-@dataclass(frozen=True)
-class Expect:
-    """What a kernel's machine code must show, beyond no spills and no atomics, which hold for all.
-
-    Attributes:
-        mma: the matrix instruction by chip, such as MMA; empty: none is asked for.
-        wide: "load", "store", "load store": streams on that side with 16-byte accesses.
-        exact: bit-exact arithmetic: no contraction to fused multiply-add, no flush of denormals.
-    """
-
-    mma: Mapping[str, str] = field(default_factory=dict)
-    wide: str = ""
-    exact: bool = False
-
-
-@dataclass(frozen=True)
-class GateCase:
-    """Calls of launchers whose kernels the gate compiles for every chip.
-
-    Attributes:
-        name: the config, as the table names it.
-        call: runs the launchers on tensors of the meta device (for which `launch` records and returns).
-        expect: what the code must show; by kernel name where the call launches several kernels.
-        huge: some tensor has more than 2^31 elements: the interpreter also checks every address that the first, middle
-            and last programs touch.
-    """
-
-    name: str
-    call: Callable[[], Any]
-    expect: Expect | Mapping[str, Expect] = Expect()
-    huge: bool = False
-
-    def expects(self, kernel: str) -> Expect:
-        return self.expect if isinstance(self.expect, Expect) else self.expect.get(kernel, Expect())

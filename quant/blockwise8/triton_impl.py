@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.reference import dynamic_map, dynamic_thresholds
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
-from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
+from lora_ops.runtime.triton_launch import declines_device, launch
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TILE = 2048  # 16 elements a thread at 4 warps: four 16-byte loads or stores of fp32
@@ -106,16 +106,3 @@ IMPLS: dict[str, Callable] = {
     "quantize_blockwise8": quantize_blockwise8,
     "dequantize_blockwise8": dequantize_blockwise8,
 }
-
-
-def gate() -> Iterator[GateCase]:
-    """Every variant that the launchers can produce: n is passed in 64 bits where 32 do not hold it."""
-    call: Callable[[], object]
-    for n, huge in ((1 << 20, False), (3 * 2**31 + 77, True)):
-        suffix = " n > 2^31" if huge else ""
-        x, codes = (torch.empty(n, dtype=d, device="meta") for d in (torch.float32, torch.uint8))
-        for b in (256,) if huge else BLOCK_SIZES:
-            call = functools.partial(quantize_blockwise8, x, b, True)
-            yield GateCase(f"quantize b{b}{suffix}", call, Expect(wide="load", exact=True), huge)
-        call = functools.partial(dequantize_blockwise8, codes, x[: -(-n // 256)], 256, True)
-        yield GateCase(f"dequantize{suffix}", call, Expect(wide="store", exact=True), huge)

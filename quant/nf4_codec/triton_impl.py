@@ -6,9 +6,8 @@ exceed 2^31 elements while offsets within the tile stay 32-bit.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_ops.quant.blockwise8.triton_impl import map_on
-from lora_ops.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
+from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
 from lora_ops.quant.nf4_triton import decode_nf4
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
 from lora_ops.runtime.checks import dtype_name
-from lora_ops.runtime.triton_launch import Expect, GateCase, declines_device, launch
+from lora_ops.runtime.triton_launch import declines_device, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,7 +75,7 @@ def _dequantize_nf4_kernel(
     absmax_ptr,
     nested_absmax_ptr,
     offset_ptr,
-    table_ptr,
+    map_table_ptr,
     out_ptr,
     n,
     shift,
@@ -98,7 +97,7 @@ def _dequantize_nf4_kernel(
     scale = tl.load(absmax_ptr + first + block, mask=inside, other=0)
     if NESTED:
         nested = tl.load(nested_absmax_ptr + first // _GROUP)
-        scale = tl.load(table_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
+        scale = tl.load(map_table_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
 
     even, odd = decode_nf4(packed)
     value = tl.join(even * scale[:, None], odd * scale[:, None]).to(out_ptr.dtype.element_ty)
@@ -164,36 +163,3 @@ IMPLS: dict[str, Callable] = {
     "dequantize_nf4": dequantize_nf4,
     "dequantize_nf4_out": dequantize_nf4_out,
 }
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _meta_nf4(n: int, block_size: int, nested: bool) -> NF4Tensor:
-    n_blocks = -(-n // block_size)
-    absmax = _meta(n_blocks, dtype=torch.uint8 if nested else torch.float32)
-    packed = _meta((n + 1) // 2, 1, dtype=torch.uint8)
-    if not nested:
-        return NF4Tensor(packed, absmax, (n,), torch.float32, block_size)
-    groups = _meta(-(-n_blocks // NESTED_BLOCK_SIZE), dtype=torch.float32)
-    return NF4Tensor(packed, absmax, (n,), torch.float32, block_size, groups, _meta(dtype=torch.float32))
-
-
-_SMALL, _HUGE = 1 << 20, 3 * 2**31 + 77
-
-
-def gate() -> Iterator[GateCase]:
-    """Every variant that the launchers can produce: n is passed in 64 bits where 32 do not hold it."""
-    call: Callable[[], object]
-    for n, huge in ((_SMALL, False), (_HUGE, True)):
-        for dtype in DTYPES if not huge else DTYPES[1:2]:
-            suffix = f"{dtype_name(dtype)}{' n > 2^31' if huge else ''}"
-            for b in BLOCK_SIZES if not huge else (64,):
-                call = functools.partial(quantize_nf4, _meta(n, dtype=dtype), b)
-                yield GateCase(f"quantize b{b} {suffix}", call, Expect(wide="load", exact=True), huge)
-            for b in (32, 64):  # larger blocks run the kernel of 64
-                for nested in (False, True):
-                    call = functools.partial(dequantize_nf4, _meta_nf4(n, b, nested), dtype)
-                    name = f"dequantize b{b}{' nested' if nested else ''} {suffix}"
-                    yield GateCase(name, call, Expect(wide="store", exact=True), huge)

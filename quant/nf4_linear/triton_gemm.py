@@ -10,7 +10,6 @@ and for M <= 64 decoding bounds it too: W is read and decoded once for every blo
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_triton import decode_nf4
 from lora_ops.runtime.triton_launch import launch
@@ -62,6 +61,9 @@ GEMM_16BIT = {
 }
 # Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
 GEMM_32BIT = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
+# Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
+RAGGED_16BIT = {m: replace(GEMM_16BIT[min(m, 64)], block_j=32, block_i=32) for m in GEMM_16BIT}
+RAGGED_32BIT = {m: replace(tile, num_warps=8) for m, tile in GEMM_32BIT.items()}
 GEMV_ROWS = 8
 GEMV_COLUMNS = 512  # 8 rows × 256 bytes: 16 bytes a thread of 4 warps of 32
 
@@ -105,19 +107,19 @@ def _decode(packed):
 
 
 @triton.jit
-def _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED: tl.constexpr):
+def _load_absmax(absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, block, inside, NESTED: tl.constexpr):
     """absmax of quantization blocks in fp32, 0 outside; double-quantized: map[code] · nested_absmax + offset."""
     absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
     if NESTED:
-        nested = tl.load(nested_ptr + block // _GROUP, mask=inside, other=0.0)
-        absmax = tl.load(table_ptr + absmax.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset_ptr)
+        nested = tl.load(nested_absmax_ptr + block // _GROUP, mask=inside, other=0.0)
+        absmax = tl.load(map_table_ptr + absmax.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset_ptr)
         absmax = tl.where(inside, absmax, 0.0)
     return absmax
 
 
 @triton.jit
 def _load_row_absmax(
-    absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, first_column, N, K,
+    absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, rows, first_column, N, K,
     NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """absmax of each pair of columns of a tile whose rows hold whole blocks, [ROWS, COLUMNS / 2]."""
@@ -126,21 +128,21 @@ def _load_row_absmax(
     HALF: tl.constexpr = COLUMNS // 2
     if COLUMNS <= BLOCK_SIZE:
         block = rows * row_blocks + first
-        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, rows < N, NESTED)
+        absmax = _load_absmax(absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, block, rows < N, NESTED)
         absmax = tl.broadcast_to(absmax[:, None], [ROWS, HALF])
     else:
         SCALES: tl.constexpr = COLUMNS // BLOCK_SIZE
         blocks = first + tl.arange(0, SCALES)
         inside = (rows < N)[:, None] & (blocks < row_blocks)[None, :]
         block = rows[:, None] * row_blocks + blocks[None, :]
-        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, block, inside, NESTED)
+        absmax = _load_absmax(absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, block, inside, NESTED)
         absmax = tl.reshape(tl.broadcast_to(absmax[:, :, None], [ROWS, SCALES, HALF // SCALES]), [ROWS, HALF])
     return absmax
 
 
 @triton.jit
 def _load_weight(
-    packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_row, first_column, N, K, row_bytes,
+    packed_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, first_row, first_column, N, K, row_bytes,
     ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """W of one tile, code · absmax in fp32, [ROWS, COLUMNS]; outside of [N, K] 0 if ALIGNED: rows hold whole blocks.
@@ -154,40 +156,42 @@ def _load_weight(
         packed = tl.load(packed_ptr + rows[:, None] * row_bytes + at[None, :], mask=inside, other=0)
         even, odd = _decode(packed)
         absmax = _load_row_absmax(
-            absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, first_column, N, K, NESTED, BLOCK_SIZE, ROWS, COLUMNS
-        )
+            absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, rows, first_column, N, K,
+            NESTED, BLOCK_SIZE, ROWS, COLUMNS,
+        )  # fmt: skip
         w = tl.reshape(tl.join(even * absmax, odd * absmax), [ROWS, COLUMNS])
     else:
-        # Clamped, not masked, which spills: what stands for weights outside meets zeros of lhs or is not stored.
+        # Clamped, not masked, which spills: what stands for weights outside meets zeros of x or is not stored.
         columns = tl.minimum(first_column + tl.arange(0, COLUMNS), K - 1)
         element = tl.minimum(rows, N - 1)[:, None] * K + columns[None, :]
         packed = tl.load(packed_ptr + element // 2)
         _, code = _decode(packed >> (4 - element % 2 * 4).to(tl.uint8))  # the nibble wanted, moved to the low half
         inside = tl.full([ROWS, COLUMNS], True, tl.int1)
-        absmax = _load_absmax(absmax_ptr, nested_ptr, offset_ptr, table_ptr, element // BLOCK_SIZE, inside, NESTED)
+        block = element // BLOCK_SIZE
+        absmax = _load_absmax(absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, block, inside, NESTED)
         w = code * absmax
     return w
 
 
 @triton.jit(do_not_specialize=["M"])
 def _nf4_gemm_kernel(
-    lhs_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, out_ptr,
-    M, N, K, row_bytes, stride_lm, per_split,
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, bias_ptr, add_ptr, y_ptr,
+    M, N, K, row_bytes, stride_xm, per_split,
     TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """out[m, j] = Σ_i lhs[m, i] W[i, j] + b[j] + add[m, j], with Wᵀ in the place of W if TRANSPOSED.
+    """y[m, j] = Σ_i x[m, i] W[i, j] + b[j] + add[m, j], with Wᵀ in the place of W if TRANSPOSED.
 
-    SPLIT: out[z, m, j] is the plain sum over the elements i of split z, fp32.
+    SPLIT: y[z, m, j] is the plain sum over the elements i of split z, fp32.
     """
     J = N if TRANSPOSED else K
     n_terms = K if TRANSPOSED else N
     first_j = tl.program_id(0) * BLOCK_J
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
-    dtype: tl.constexpr = lhs_ptr.dtype.element_ty
-    lhs_rows = lhs_ptr + rows.to(tl.int64)[:, None] * stride_lm
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
     if TRANSPOSED:
         acc = tl.zeros([BLOCK_J, BLOCK_M], dtype=tl.float32)
     else:
@@ -195,40 +199,40 @@ def _nf4_gemm_kernel(
     begin = split * per_split
     for i in range(begin, tl.minimum(begin + per_split, n_terms), BLOCK_I):
         at = i + tl.arange(0, BLOCK_I)
-        lhs = tl.load(lhs_rows + at[None, :], mask=(rows < M)[:, None] & (at < n_terms)[None, :], other=0.0)
+        x = tl.load(x_rows + at[None, :], mask=(rows < M)[:, None] & (at < n_terms)[None, :], other=0.0)
         if TRANSPOSED:
             w = _load_weight(
-                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, first_j, i, N, K, row_bytes,
+                packed_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, first_j, i, N, K, row_bytes,
                 ALIGNED, NESTED, BLOCK_SIZE, BLOCK_J, BLOCK_I,
             ).to(dtype)  # fmt: skip
             # Wᵀ is not formed: the tile is the left operand, read as it was decoded.
-            acc = tl.dot(w, tl.trans(lhs), acc, input_precision="ieee")  # [J, I] @ [I, M] -> [J, M]
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")  # [J, I] @ [I, M] -> [J, M]
         else:
             w = _load_weight(
-                packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, i, first_j, N, K, row_bytes,
+                packed_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, i, first_j, N, K, row_bytes,
                 ALIGNED, NESTED, BLOCK_SIZE, BLOCK_I, BLOCK_J,
             ).to(dtype)  # fmt: skip
-            acc = tl.dot(lhs, w, acc, input_precision="ieee")  # [M, I] @ [I, J] -> [M, J]
+            acc = tl.dot(x, w, acc, input_precision="ieee")  # [M, I] @ [I, J] -> [M, J]
     if TRANSPOSED:
         acc = tl.trans(acc)
     columns = first_j + tl.arange(0, BLOCK_J)
     inside = (rows < M)[:, None] & (columns < J)[None, :]
-    out_at = rows.to(tl.int64)[:, None] * J + columns[None, :]
+    y_at = rows.to(tl.int64)[:, None] * J + columns[None, :]
     if SPLIT:
-        out_at += split.to(tl.int64) * M * J
+        y_at += split.to(tl.int64) * M * J
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < J, other=0.0).to(tl.float32)[None, :]
     if ADD:
-        acc += tl.load(add_ptr + out_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), inside)
+        acc += tl.load(add_ptr + y_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def _add_splits_kernel(
-    partial_ptr, bias_ptr, add_ptr, out_ptr, n, J, n_partials,
+    partial_ptr, bias_ptr, add_ptr, y_ptr, n, J, n_partials,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[m, j] = Σ_z partial[z, m, j] + b[j] + add[m, j], z ascending."""
+    """y[m, j] = Σ_z partial[z, m, j] + b[j] + add[m, j], z ascending."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for _ in range(n_partials):
@@ -238,12 +242,12 @@ def _add_splits_kernel(
         total += tl.load(bias_ptr + at % J, mask=at < n, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(add_ptr + at, mask=at < n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < n)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), at < n)
 
 
 @triton.jit
 def _nf4_gemv_kernel(
-    x_ptr, packed_ptr, absmax_ptr, nested_ptr, offset_ptr, table_ptr, bias_ptr, add_ptr, y_ptr,
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, bias_ptr, add_ptr, y_ptr,
     M, N, K, row_bytes, stride_xm,
     NESTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -259,8 +263,9 @@ def _nf4_gemv_kernel(
         packed = tl.load(packed_ptr + rows[:, None] * row_bytes + at[None, :], mask=inside, other=0)
         even, odd = _decode(packed)
         absmax = _load_row_absmax(
-            absmax_ptr, nested_ptr, offset_ptr, table_ptr, rows, k, N, K, NESTED, BLOCK_SIZE, BLOCK_N, BLOCK_K
-        )
+            absmax_ptr, nested_absmax_ptr, offset_ptr, map_table_ptr, rows, k, N, K,
+            NESTED, BLOCK_SIZE, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         columns = k + tl.arange(0, BLOCK_K)
         x_at = tokens.to(tl.int64)[:, None] * stride_xm + columns[None, :]
         x = tl.load(x_ptr + x_at, mask=(tokens < M)[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
@@ -277,24 +282,14 @@ def _nf4_gemv_kernel(
     tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@functools.cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    return dynamic_map(signed=True).to(device)
-
-
 def _parts(q: NF4Tensor) -> tuple[Any, ...]:
     """packed, absmax, nested_absmax, nested_offset and the 8-bit map, as kernels take them."""
-    return q.packed, q.absmax, q.nested_absmax, q.nested_offset, _dynamic_map(q.device) if q.nested else None
+    return q.packed, q.absmax, q.nested_absmax, q.nested_offset, map_on(q.device, signed=True) if q.nested else None
 
 
 def aligned(q: NF4Tensor) -> bool:
     """Whether each row of W holds whole blocks (and so whole bytes)."""
     return q.shape[1] % q.block_size == 0
-
-
-# Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
-RAGGED_16BIT = {m: replace(GEMM_16BIT[min(m, 64)], block_j=32, block_i=32) for m in GEMM_16BIT}
-RAGGED_32BIT = {m: replace(tile, num_warps=8) for m, tile in GEMM_32BIT.items()}
 
 
 def _whole_rows(x: Tensor) -> Tensor:

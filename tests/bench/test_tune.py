@@ -144,6 +144,7 @@ def test_each_route_launches_its_own_kernels(question: Question) -> None:
     pytest.importorskip("triton")
     from lora_ops.kernels.lora_linear import triton_impl as lora
     from lora_ops.quant.nf4_linear import triton_impl as nf4
+    from tests.gpu_proof.expect import meta_nf4
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -154,7 +155,7 @@ def test_each_route_launches_its_own_kernels(question: Question) -> None:
                 adapter = meta(16, 512), meta(256, 16), torch.tensor(2.0)
                 lora.lora_linear(meta(m, 512), meta(256, 512), *adapter, None, 0.0, None)
             else:
-                nf4.matmul(meta(m, 512), nf4._meta_nf4(256, 512, 64, True), transposed=True)
+                nf4.matmul(meta(m, 512), meta_nf4(256, 512, nested=True), transposed=True)
         return {launch.kernel.__name__ for launch in record.launches}
 
     own = {"GEMV": "_nf4_gemv_kernel", "GEMM": "_nf4_gemm_kernel", "decode + cuBLAS": "_dequantize_nf4_kernel",

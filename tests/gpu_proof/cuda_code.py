@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_ops.runtime.triton_launch import HMMA, Expect
-from tests.gpu_proof import machine_code, registry
-from tests.gpu_proof.machine_code import CHIPS, Chip, Code
+from tests.gpu_proof import machine_code, registry, rules
+from tests.gpu_proof.expect import HMMA, Expect
+from tests.gpu_proof.machine_code import CHIPS, Chip
+from tests.gpu_proof.rules import Code
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc/cuda/nf4_linear.cu"
@@ -79,13 +80,13 @@ def nvcc_version() -> str:
 
 @functools.cache
 def _sources() -> str:
-    rules = (Path(__file__), Path(machine_code.__file__))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in (*READ, *rules))).hexdigest()
+    judged = [machine_code.code_of(Path(path)).encode() for path in (__file__, rules.__file__)]
+    return hashlib.sha256(b"\0".join([path.read_bytes() for path in READ] + judged)).hexdigest()
 
 
 def fingerprint(kernel: Kernel, chip: Chip) -> str:
     """Names what the machine code depends on, but for nvcc's version, which is unknown where there is none."""
-    return hashlib.sha256(f"{_sources()} {kernel.id} {chip.name}".encode()).hexdigest()
+    return hashlib.sha256(f"{_sources()} {kernel.id} {chip}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def compiled(chip: Chip, source: Path = SOURCE) -> dict[Kernel, Body]:
         done = subprocess.run([path, *flags, "-o", cubin.name, str(source)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc: {' '.join(done.stderr.split())[-300:]}")
-        usage = machine_code._tool("cuobjdump", "-res-usage", cubin.name)
-        sass = machine_code._tool("nvdisasm", "-c", cubin.name)
+        usage = rules.tool("cuobjdump", "-res-usage", cubin.name)
+        sass = rules.tool("nvdisasm", "-c", cubin.name)
     usages = dict(re.findall(r"Function (\S+?):\s+(REG:.*)", usage))
     found = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]:
@@ -157,7 +158,7 @@ def check(kernel: Kernel, chip: Chip, source: Path = SOURCE) -> tuple[str, tuple
     if kernel not in bodies:
         return "", (f"not in {source.name}",)
     body = bodies[kernel]
-    wrong = machine_code.problems(body.code, chip, kernel.expect)
+    wrong = rules.problems(body.code, chip, kernel.expect)
     per_weight = body.loop / STEP_WEIGHTS
     if kernel.tiles and (n := body.code.count(r"LDG\.E\.NA\.128")) != 2 * CODE_LOADS:
         wrong.append(f"{n} streaming 16-byte loads, not {CODE_LOADS} of packed codes before the loop and in it")
@@ -169,7 +170,7 @@ def check(kernel: Kernel, chip: Chip, source: Path = SOURCE) -> tuple[str, tuple
 
 def triton_loops(chip: Chip) -> Iterator[tuple[str, float]]:
     """Launches of nf4_linear that decode in their loop, forward, with the instructions a weight of that loop."""
-    for shipped in registry.shipped_by("lora_ops.quant.nf4_linear.triton_impl"):
+    for shipped in registry.shipped_by("nf4_linear"):
         meta = shipped.launch.meta
         if not re.fullmatch(r"y M=(1|4|16|32|64) bfloat16( nested)?", shipped.case.name) or "BLOCK_SIZE" not in meta:
             continue
@@ -177,7 +178,7 @@ def triton_loops(chip: Chip) -> Iterator[tuple[str, float]]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(kernel.asm["cubin"])
             cubin.flush()
-            sass = machine_code._tool("nvdisasm", "-c", cubin.name)
+            sass = rules.tool("nvdisasm", "-c", cubin.name)
         gemv = "gemv" in shipped.kernel
         tile = meta["BLOCK_N"] * meta["BLOCK_K"] if gemv else meta["BLOCK_J"] * meta["BLOCK_I"]
         a_lane = tile / meta["num_warps"] / 32

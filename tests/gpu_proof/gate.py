@@ -26,10 +26,10 @@ from pathlib import Path
 
 import triton
 
-from tests.gpu_proof import cuda_code, machine_code, registry
-from tests.gpu_proof.machine_code import CHIPS, Chip, compiled, problems, read
+from tests.gpu_proof import cuda_code, machine_code, registry, rules
+from tests.gpu_proof.machine_code import CHIPS, Chip, compiled
 
-CUDA = cuda_code.SOURCE.name  # in the place of a module: kernels of nvcc and not of Triton
+CUDA = cuda_code.SOURCE.name  # in the place of an op: kernels of nvcc and not of Triton
 BENCH = Path(__file__).parents[2] / "bench"
 TABLE, RECORD = BENCH / "compile_gate.md", BENCH / "compile_gate.json"
 CHECKED = BENCH.parent / "build" / f"compile_gate-{triton.__version__}.json"  # of --check
@@ -48,7 +48,7 @@ class Result:
 class Task:
     """One shipped launch on one chip; `key` is the same for tasks whose result must be the same."""
 
-    module: str
+    op: str
     index: int
     chip: str
     id: str
@@ -58,36 +58,36 @@ class Task:
 def check(item: registry.Shipped, chip: Chip) -> Result:
     """Compile a launch for a chip and read its code."""
     try:
-        code = read(compiled(item.launch, chip))
+        code = rules.read(compiled(item.launch, chip))
     except (triton.TritonError, RuntimeError) as e:
         return Result("", (f"does not compile: {' '.join(str(e).split())[-300:]}",))
     found = [op.split(".")[0] for op in code.ops if re.match("(U?T?C?HG?MMA|v_mfma)", op)]
     mma = min(found, key=len).split("_f32")[0] if found else ""
     shared = f"{code.shared / 1024:.3g} K" if code.shared else ""
     summary = ", ".join(part for part in (f"{code.registers} r", shared, mma) if part)
-    return Result(summary, tuple(problems(code, chip, item.expect)))
+    return Result(summary, tuple(rules.problems(code, chip, item.expect)))
 
 
 @functools.cache
 def _rules() -> str:
-    return hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(machine_code.code_of(Path(rules.__file__)).encode()).hexdigest()
 
 
 @functools.cache
-def _shipped(module: str) -> tuple[registry.Shipped, ...]:
-    return tuple(registry.shipped_by(module))
+def _shipped(op: str) -> tuple[registry.Shipped, ...]:
+    return tuple(registry.shipped_by(op))
 
 
-def tasks(modules: Iterable[str]) -> list[Task]:
-    """Every shipped launch of the modules on every chip."""
+def tasks(ops: Iterable[str]) -> list[Task]:
+    """Every shipped launch of the ops on every chip."""
     found = []
-    for module in modules:
+    for op in ops:
         for chip in CHIPS:
-            for index, item in enumerate(_shipped(module)):
+            for index, item in enumerate(_shipped(op)):
                 item.launch.kernel.device_caches.clear()  # a kernel that is compiled already has no fingerprint
-                parts = (machine_code.fingerprint(item.launch, chip), repr(item.expect), _rules())
+                parts = (machine_code.fingerprint(item.launch, chip), repr(chip), repr(item.expect), _rules())
                 key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
-                found.append(Task(module, index, chip.name, item.id, key))
+                found.append(Task(op, index, chip.name, item.id, key))
     return found
 
 
@@ -102,9 +102,9 @@ def cuda_tasks() -> list[Task]:
 
 def _job(task: Task) -> Result:
     chip = next(chip for chip in CHIPS if chip.name == task.chip)
-    if task.module == CUDA:
+    if task.op == CUDA:
         return Result(*cuda_code.check(cuda_code.KERNELS[task.index], chip))
-    return check(_shipped(task.module)[task.index], chip)
+    return check(_shipped(task.op)[task.index], chip)
 
 
 def recorded(path: Path = RECORD) -> dict[str, Result]:
@@ -138,7 +138,7 @@ def sample(todo: Sequence[Task]) -> list[Task]:
     """The first launch of every kernel on every chip, and every 16th of all."""
     firsts: dict[tuple[str, str, str], Task] = {}
     for t in todo:
-        firsts.setdefault((t.module, t.id.split(" | ")[-1], t.chip), t)
+        firsts.setdefault((t.op, t.id.split(" | ")[-1], t.chip), t)
     return list(dict.fromkeys([*firsts.values(), *todo[::16]]))
 
 
@@ -180,8 +180,7 @@ def main(argv: Sequence[str]) -> int:
     if unknown := set(argv) - set(names) - {"--all", "--check"}:
         print(f"gate: expected op names, --all or --check, got {' '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    modules = [m for m in registry.ops() if not names or m.split(".")[-2] in names]
-    todo = tasks(modules)
+    todo = tasks(op for op in registry.ops() if not names or op in names)
     if "--check" in argv:
         results = run(todo, {} if "--all" in argv else recorded(CHECKED), save=CHECKED)
         record({**recorded(CHECKED), **results}, CHECKED)

@@ -1,4 +1,4 @@
-"""The gate cases of every op: what each triton_impl.py in quant/ and kernels/ lists in `gate()`."""
+"""What ships: every launch of the cases in gates/, which has a file for each op of quant/ and kernels/."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import lora_ops.kernels
-import lora_ops.quant
-from lora_ops.runtime.triton_launch import Expect, GateCase, Launch, record_launches
+from lora_ops.runtime.triton_launch import Launch, record_launches
+from tests.gpu_proof import gates
+from tests.gpu_proof.expect import Expect, GateCase
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,14 @@ class Shipped:
 
 
 def ops() -> list[str]:
-    """Modules `triton_impl` of the ops that declare gate cases."""
-    found = []
-    for package in (lora_ops.quant, lora_ops.kernels):
-        for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-            if info.ispkg and importlib.util.find_spec(f"{info.name}.triton_impl"):
-                module = importlib.import_module(f"{info.name}.triton_impl")
-                if hasattr(module, "gate"):
-                    found.append(module.__name__)
-    return sorted(found)
+    """The ops that have gate cases."""
+    return sorted(info.name for info in pkgutil.iter_modules(gates.__path__))
 
 
-def shipped_by(module: str) -> Iterator[Shipped]:
-    """Every launch that the gate cases of a module produce."""
-    for case in importlib.import_module(module).gate():
-        yield from launches_of(module.split(".")[-2], case)
+def shipped_by(op: str) -> Iterator[Shipped]:
+    """Every launch that the gate cases of an op produce."""
+    for case in importlib.import_module(f"{gates.__name__}.{op}").cases():
+        yield from launches_of(op, case)
 
 
 def launches_of(op: str, case: GateCase) -> Iterator[Shipped]:

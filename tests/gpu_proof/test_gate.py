@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+import lora_ops.kernels
+import lora_ops.quant
 from lora_ops.quant.nf4_codec import triton_impl
-from lora_ops.runtime.triton_launch import MMA, Expect, GateCase, interpreting, launch
-from tests.gpu_proof import cuda_code, gate, machine_code, registry
+from lora_ops.runtime.triton_launch import interpreting, launch
+from tests.gpu_proof import cuda_code, gate, machine_code, registry, rules
+from tests.gpu_proof.expect import MMA, Expect, GateCase, meta
+from tests.gpu_proof.gates import nf4_codec
 from tests.gpu_proof.mutant import mutant
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="it compiles: run without TRITON_INTERPRET")
@@ -35,15 +41,42 @@ def test_green() -> None:
 def test_record_is_not_trusted_blindly() -> None:
     """A few recorded results, compiled again; here, since a process that compiles them would import longer."""
     known = gate.recorded()
-    shipped = gate.tasks(["lora_ops.quant.nf4_codec.triton_impl"])
+    shipped = gate.tasks(["nf4_codec"])
     todo = [t for t in shipped if t.key in known][::16]
     assert {t.key: gate._job(t) for t in todo} == {t.key: known[t.key] for t in todo}
-    assert gate.tasks(["lora_ops.quant.nf4_codec.triton_impl"]) == shipped  # what is compiled keeps its fingerprint
+    assert gate.tasks(["nf4_codec"]) == shipped  # what is compiled keeps its fingerprint
+
+
+def test_every_kernel_has_cases() -> None:
+    """What an op's Triton files define as `_…_kernel`, some case launches; and no two cases of an op share a name."""
+    kernels, launched = set(), set()
+    for package in (lora_ops.kernels, lora_ops.quant):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.split(".")[-1].startswith("triton_"):
+                functions = vars(importlib.import_module(info.name)).values()
+                found = {f.__name__ for f in functions if isinstance(f, triton.JITFunction)}
+                kernels |= {name for name in found if name.endswith("_kernel")}
+    for op in registry.ops():
+        names = [case.name for case in importlib.import_module(f"tests.gpu_proof.gates.{op}").cases()]
+        assert len(names) == len(set(names))
+        launched |= {shipped.kernel for shipped in registry.shipped_by(op)}
+    assert kernels == launched
+
+
+def test_the_record_outlives_what_is_no_rule(tmp_path: Path) -> None:
+    source = Path(rules.__file__).read_text()
+    text = {"before": source, "comment": f"# A comment.\nimport math\n{source}", "rule": f"{source}\nLIMIT = 1\n"}
+    for name, value in text.items():
+        (tmp_path / name).write_text(value)
+    code = {name: machine_code.code_of(tmp_path / name) for name in text}
+    assert code["before"] == code["comment"] != code["rule"]
+    assert "import" not in code["before"]
+    assert "def problems" in code["before"]
 
 
 def test_lines_above_a_kernel_change_no_fingerprint() -> None:
     """Where it begins in its file is forgotten: an import more does not void the record."""
-    launch = next(registry.shipped_by("lora_ops.kernels.lora_linear.triton_impl")).launch
+    launch = next(registry.shipped_by("lora_linear")).launch
     before = machine_code.fingerprint(launch, CHIPS["sm_90"])
     launch.kernel.starting_line_number, launch.kernel.hash = 12345, None
     assert machine_code.fingerprint(launch, CHIPS["sm_90"]) == before
@@ -79,41 +112,41 @@ def test_table_lists_what_ships() -> None:
 # Kernels broken on purpose.
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def wrong(case: GateCase, chip: str) -> str:
     (shipped,) = registry.launches_of("broken", case)
     return "; ".join(gate.check(shipped, CHIPS[chip]).wrong)
 
 
-def broken_case(folder: Path, name: str, *changes: tuple[str, str]) -> GateCase:
-    cases: Iterator[GateCase] = mutant(triton_impl, folder, *changes).gate()
-    return next(case for case in cases if case.name == name)
+@pytest.fixture
+def broken_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., GateCase]:
+    """broken_case(name, (old, new)): the codec's case of that name with a mutant of the codec."""
+
+    def find(name: str, *changes: tuple[str, str]) -> GateCase:
+        monkeypatch.setattr(nf4_codec, "triton_impl", mutant(triton_impl, tmp_path, *changes))
+        return next(case for case in nf4_codec.cases() if case.name == name)
+
+    return find
 
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
-def test_codec_with_fused_multiply_add(tmp_path: Path, chip: str) -> None:
-    case = broken_case(
-        tmp_path, "dequantize b64 nested bfloat16", ("enable_fp_fusion=False", "enable_fp_fusion=True")
-    )  # fmt: skip
+def test_codec_with_fused_multiply_add(broken_case: Callable[..., GateCase], chip: str) -> None:
+    case = broken_case("dequantize b64 nested bfloat16", ("enable_fp_fusion=False", "enable_fp_fusion=True"))
     assert re.search("fma|contract|fused", wrong(case, chip))
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_codec_config_that_spills(tmp_path: Path, chip: str) -> None:
+def test_codec_config_that_spills(broken_case: Callable[..., GateCase], chip: str) -> None:
     changes = (
         ("QUANTIZE_TILE = 2048", "QUANTIZE_TILE = 4096"),
         ("QUANTIZE_ELEMENTS_A_THREAD = 16", "QUANTIZE_ELEMENTS_A_THREAD = 128"),
     )
-    assert "stack or spills" in wrong(broken_case(tmp_path, "quantize b64 bfloat16", *changes), chip)
+    assert "stack or spills" in wrong(broken_case("quantize b64 bfloat16", *changes), chip)
 
 
-def test_codec_with_single_element_accesses(tmp_path: Path) -> None:
+def test_codec_with_single_element_accesses(broken_case: Callable[..., GateCase]) -> None:
     change = ("store_ragged(out_ptr + start, e, tl.reshape(value, [TILE // ROW, ROW]), left)",
               "tl.store(out_ptr + start + e, tl.reshape(value, [TILE // ROW, ROW]), mask=e < left)")  # fmt: skip
-    assert wrong(broken_case(tmp_path, "dequantize b64 bfloat16", change), "sm_90") == "no 16-byte store"
+    assert wrong(broken_case("dequantize b64 bfloat16", change), "sm_90") == "no 16-byte store"
 
 
 @triton.jit

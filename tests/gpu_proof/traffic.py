@@ -137,18 +137,19 @@ def memory(dropout_p: float, adapter: torch.dtype) -> Iterator[tuple[str, float]
 def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict[str, KernelTraffic], int]]:
     """(what, traffic by kernel, least bytes) of each skinny product of a bf16 activation [m, k]."""
     x = torch.zeros(m, k, dtype=torch.bfloat16)
-    low, t = torch.zeros(r, k), torch.zeros(m, r)
+    lora_a, s = torch.zeros(r, k), torch.zeros(m, r)
     drop = Dropout.of(dropout_p, torch.tensor(7) if dropout_p else None)
     both = reads_once(x.dtype, r)
     calls: dict[str, tuple[Callable[[], object], int]] = {
-        "S = drop(x) Aᵀ": (lambda: reduce_rows(x, low, drop), x.nbytes + low.nbytes + t.nbytes),
-        "dA = Tᵀ drop(x)": (
-            lambda: reduce_columns(x, t, drop, 2.0, torch.float32, rank_first=True), x.nbytes + t.nbytes + low.nbytes,
+        "S = drop(x) Aᵀ": (lambda: reduce_rows(x, lora_a, drop), x.nbytes + lora_a.nbytes + s.nbytes),
+        "dA = dSᵀ drop(x)": (
+            lambda: reduce_columns(x, s, drop, 2.0, torch.float32, rank_first=True),
+            x.nbytes + s.nbytes + lora_a.nbytes,
         ),
     }  # fmt: skip
     if both:
-        calls["T = dY B and dB = dYᵀ S"] = (
-            lambda: reduce_both(x, low, t, 2.0, torch.float32), x.nbytes + 2 * low.nbytes + 2 * t.nbytes,
+        calls["dY B and dB = dYᵀ S"] = (
+            lambda: reduce_both(x, lora_a.T, s, 2.0, torch.float32), x.nbytes + 2 * lora_a.nbytes + 2 * s.nbytes,
         )  # fmt: skip
     for name, (call, least) in calls.items():
         with count_traffic(distinct=True) as traffic:

@@ -9,11 +9,13 @@ import torch
 
 from lora_ops.kernels.lora_linear import triton_impl as lora
 from lora_ops.quant.nf4_linear import triton_impl as nf4
-from lora_ops.runtime.triton_launch import GateCase, Launch
+from lora_ops.runtime.triton_launch import Launch
 from tests.gpu_proof import registry
+from tests.gpu_proof.expect import GateCase, meta_nf4
+from tests.gpu_proof.gates import lora_linear
 from tests.gpu_proof.interpreter import OutOfBounds, run_virtually
 
-HUGE = [s for module in registry.ops() for s in registry.shipped_by(module) if s.case.huge]
+HUGE = [s for op in registry.ops() for s in registry.shipped_by(op) if s.case.huge]
 
 
 @pytest.mark.parametrize("shipped", HUGE, ids=lambda s: s.id)
@@ -29,12 +31,12 @@ def test_some_op_is_checked() -> None:
 
 
 def _lora(m: int, n: int, k: int, r: int, *, kstep: bool = False) -> None:
-    lora._gate_call(m, n, k, r, torch.bfloat16, 0.1, kstep=kstep, needs=(True, True, True, True))
+    lora_linear.call(m, n, k, r, torch.bfloat16, 0.1, kstep=kstep, needs=(True, True, True, True))
 
 
 def _nf4(m: int, n: int, k: int, row_stride: int = 0) -> None:
     """Both directions; `row_stride` between tokens, as of a slice of something wide."""
-    q = nf4._meta_nf4(n, k, 64, nested=True)
+    q = meta_nf4(n, k, nested=True)
     for width, transposed in ((k, True), (n, False)):
         strides = (row_stride or width, 1)
         nf4.matmul(

@@ -70,24 +70,29 @@ def test_unbroken(case: LinearCase, kstep_min_m: int) -> None:
 
 LOAD_OF_ROWS = "x = _load_x(x_ptr, rows, k, M, K, stride_xm, seed_ptr, threshold, DROPOUT, BLOCK_M, BLOCK_K)"
 LOAD_OF_COLUMNS = LOAD_OF_ROWS.replace(" k,", " first,")
-LOAD_OF_BOTH = "x = _load_x(x_ptr, rows, first, M, K, stride_xm, x_ptr, 0, False, BLOCK_M, BLOCK_K)"
+LOAD_OF_BOTH = "dy = _load_x(dy_ptr, rows, first, M, N, stride_dym, dy_ptr, 0, False, BLOCK_M, BLOCK_N)"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "load"),
-    [("reduce_rows", LOAD_OF_ROWS), ("reduce_columns", LOAD_OF_COLUMNS), ("reduce_both", LOAD_OF_BOTH)],
+    ("kernel", "operand", "load"),
+    [
+        ("reduce_rows", "x", LOAD_OF_ROWS),
+        ("reduce_columns", "x", LOAD_OF_COLUMNS),
+        ("reduce_both", "dy", LOAD_OF_BOTH),
+    ],
     ids=["x forward", "x backward", "dY"],
 )
-def test_lora_linear_that_reads_twice(broken: Break, kernel: str, load: str) -> None:
+def test_lora_linear_that_reads_twice(broken: Break, kernel: str, operand: str, load: str) -> None:
     before, counts = elements_moved(0, 0.1)
-    broken(skinny, (load, f"{load} * 0.5 + {load.removeprefix('x = ')} * 0.5"))
+    broken(skinny, (load, f"{load} * 0.5 + {load.removeprefix(f'{operand} = ')} * 0.5"))
     after, broken_counts = elements_moved(0, 0.1)
     assert (before, after) == (3, 4)
-    assert broken_counts[kernel, "load", "x_ptr"] == 2 * counts[kernel, "load", "x_ptr"]
+    reads = kernel, "load", f"{operand}_ptr"
+    assert broken_counts[reads] == 2 * counts[reads]
 
 
 COUNTER = "keep_mask(tl.load(seed_ptr), rows, first_column, threshold, 0,"
-LOAD_OF_T = "(rows < M)[:, None] & (ranks < limit)[None, :],\n            other"
+LOAD_OF_DS = "(rows < M)[:, None] & (ranks < limit)[None, :],\n            other"
 STORE_OF_Y = "acc.to(dtype), (rows < M)[:, None] & (columns < N)"
 GEMMS = "_expand_kernel|_lora_gemm_kernel"
 
@@ -101,8 +106,8 @@ GEMMS = "_expand_kernel|_lora_gemm_kernel"
         (lora_gemm, within(COUNTER, "rows", "rows + 1"), "dx"),
         (lora_gemm, ("acc = tl.where(keep, acc, 0.0)", "acc = tl.where(keep, acc, acc)"), "dx"),
         (lora_gemm, ("scalar(scale, SCALE_POINTER) * keep_scale", "scalar(scale, SCALE_POINTER)"), "dx"),
-        (skinny, within(LOAD_OF_T, "rows < M", "rows < M - 1"), "dlora"),
-        (lora_gemm, within("if ODD_RANK:\n            t = tl.where", "ODD_RANK", "False"), "y"),
+        (skinny, within(LOAD_OF_DS, "rows < M", "rows < M - 1"), "dlora"),
+        (lora_gemm, within("if ODD_RANK:\n            s = tl.where", "ODD_RANK", "False"), "y"),
     ],
     ids=[
         "x column",
@@ -160,8 +165,7 @@ def test_lora_linear_with_a_narrow_mask(broken: Break, kstep_min_m: int) -> None
 
 def overflows(op: str) -> set[str]:
     """Kernels that leave their tensors in the op's `huge` gate cases and in test_addresses.LARGE."""
-    module = {"lora_linear": lora, "nf4_linear": nf4}[op]
-    launches = [s.launch for s in registry.shipped_by(module.__name__) if s.case.huge]
+    launches = [s.launch for s in registry.shipped_by(op) if s.case.huge]
     launches += [launch for name in LARGE[op] for launch in large_launches(op, name)]
     found = set()
     for launch in launches:
@@ -185,13 +189,13 @@ TO_INT64 = ".to(tl.int64)"
         ("nf4_linear", nf4_gemm, within("tl.arange(0, ROWS)).to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
         ("lora_linear", lora_gemm, within("columns.to(tl.int64)[None, :] * stride_wn", TO_INT64, ""), "_lora_gemm"),
         ("lora_linear", lora_gemm, within("ks.to(tl.int64)[:, None] * stride_wk", TO_INT64, ""), "_lora_gemm"),
-        ("lora_linear", lora_gemm, within(" t_at = rows.to(tl.int64)", TO_INT64, ""), "_expand"),
-        ("lora_linear", skinny, within("t_ptr + rows.to(tl.int64)", TO_INT64, ""), "_reduce_columns"),
+        ("lora_linear", lora_gemm, within(" s_at = rows.to(tl.int64)", TO_INT64, ""), "_expand"),
+        ("lora_linear", skinny, within("ds_ptr + rows.to(tl.int64)", TO_INT64, ""), "_reduce_columns"),
         ("lora_linear", skinny, within("s_rows = split.to(tl.int64)", TO_INT64, ""), "_reduce_rows"),
         ("lora_linear", skinny, within("block.to(tl.int64) * M * R", TO_INT64, ""), "_reduce_both"),
         ("nf4_linear", nf4_gemm, within("tokens.to(tl.int64)", TO_INT64, ""), "_nf4_gemv"),
-        ("nf4_linear", nf4_gemm, within("lhs_ptr + rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
-        ("nf4_linear", nf4_gemm, within("out_at = rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
+        ("nf4_linear", nf4_gemm, within("x_ptr + rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
+        ("nf4_linear", nf4_gemm, within("y_at = rows.to(tl.int64)", TO_INT64, ""), "_nf4_gemm"),
     ],
     ids=[
         "x",
@@ -202,9 +206,9 @@ TO_INT64 = ".to(tl.int64)"
         "K-step W",
         "K-step W of dX",
         "S expanded",
-        "T of dA",
+        "dS of dA",
         "S",
-        "T in parts",
+        "dS in parts",
         "x gemv",
         "x gemm",
         "y gemm",
@@ -223,7 +227,7 @@ LOAD_OF_W = (
 LOAD_OF_W_GEMV = "at = k // 2 + tl.arange(0, HALF)\n        inside = (rows < N)[:, None] & (at < row_bytes)"
 COLUMN_RAGGED, ROW_RAGGED = "tl.arange(0, COLUMNS), K - 1)", "tl.minimum(rows, N - 1)"
 LOAD_OF_X_GEMV = "(columns < K)[None, :], other=0.0).to(tl.float32)"
-STORE = "acc.to(out_ptr.dtype.element_ty), inside)"
+STORE = "acc.to(y_ptr.dtype.element_ty), inside)"
 
 
 @pytest.mark.parametrize(

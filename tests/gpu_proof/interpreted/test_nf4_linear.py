@@ -139,8 +139,3 @@ def test_packed_bytes_are_read_once(m: int, double_quant: bool) -> None:
 def test_declines_float64() -> None:
     with pytest.raises(lora_ops.BackendError, match="triton kernels have no float64"):
         run_ours(LinearCase(m=2, n=4, k=64, dtype=torch.float64).inputs())
-
-
-def test_gate_case_names_differ() -> None:
-    names = [case.name for case in triton_impl.gate()]
-    assert len(names) == len(set(names))
