@@ -17,7 +17,7 @@ help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.train ## fine-tune a small language model with QLoRA, with a before and after (4 minutes)
-	$(BIN)/python -m lora_ops.trainer.demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 # ISA=avx2: torch, oneDNN and lora_ops as on a CPU without AVX-512.
 AS_AVX2 := LORA_OPS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2

@@ -62,10 +62,10 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_imports_tests_or_bench(path: Path) -> None:
+def test_nothing_imports_tests_bench_or_examples(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
-        assert not {n.split(".")[0] for n in names} & {"tests", "bench", "kernels", "quant"}
+        assert not {n.split(".")[0] for n in names} & {"tests", "bench", "examples", "kernels", "quant"}
 
 
 def run(code: str) -> str:

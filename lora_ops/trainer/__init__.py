@@ -1,1 +1,1 @@
-"""Fine-tuning from the command line: SFT and QLoRA on transformers, TRL and PEFT, and the project's demo."""
+"""Fine-tuning from the command line: SFT and QLoRA on transformers, TRL and PEFT."""

@@ -38,7 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama-architecture model of one layer with random weights, and a tokenizer of 300 tokens."""
     pytest.importorskip("transformers")
-    from lora_ops.trainer.base_model import BaseConfig, new_model, train_tokenizer
+    from examples.demo.base_model import BaseConfig, new_model, train_tokenizer
 
     config = BaseConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_layers=1)
     tokenizer = train_tokenizer(["def add(a, b):\n    return a + b\n", "Question: what?\nAnswer:\n"] * 20, 300)
@@ -51,7 +51,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def questions(library: Path, tmp_path: Path) -> Path:
     """A .jsonl file of questions, as a user would bring one."""
-    from lora_ops.trainer.data import instruction_items
+    from examples.demo.data import instruction_items
 
     path = tmp_path / "questions.jsonl"
     rows = [{k: item[k] for k in ("prompt", "completion")} for item in instruction_items("base", root=library)]

@@ -23,7 +23,7 @@ from lora_ops.trainer.checkpoints import fault, resume_folder
 @pytest.fixture(scope="module")
 def saved(tiny_model: Path, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of 4 steps leaves that saves every 2."""
-    from lora_ops.trainer.data import instruction_items
+    from examples.demo.data import instruction_items
 
     folder = tmp_path_factory.mktemp("run")
     rows = [{k: item[k] for k in ("prompt", "completion")} for item in instruction_items("base", root=library)]

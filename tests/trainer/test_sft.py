@@ -12,9 +12,9 @@ pytest.importorskip("trl")
 
 import torch
 
+from examples.demo.evaluate import greedy_answer, item_losses
 from lora_ops.trainer import _require, sft
 from lora_ops.trainer.arguments import SFTArguments
-from lora_ops.trainer.evaluate import greedy_answer, item_losses
 
 
 def _arguments(model: Path, dataset: Path, output: Path, **changes) -> SFTArguments:

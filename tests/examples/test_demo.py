@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("trl")
 
-from lora_ops.trainer import _files, demo, report
+from examples.demo import demo, report
+from lora_ops.trainer import _files
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Trains the demo's small base model on standard-library source text: `python -m lora_ops.trainer.base_model`.
+"""Trains the demo's small base model on standard-library source text: `python -m examples.demo.base_model`.
 
 The model sees plain source files of the "base" split only: no instruction, no file of the other two splits. The
-result ships in `assets/demo_model`, so a user never needs to run this; it is here so that anybody can.
+result lies in `model/`, so a user never needs to run this; it is here so that anybody can.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from examples.demo.stdlib import library_files, top_module
 from lora_ops.trainer._files import replacing_dir, write_json
 from lora_ops.trainer._require import require
-from lora_ops.trainer.stdlib import library_files, top_module
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-DEMO_MODEL = Path(__file__).parent / "assets" / "demo_model"
+DEMO_MODEL = Path(__file__).parent / "model"
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -221,12 +221,12 @@ def train_base(
 _CARD = """\
 # demo_model
 
-The base model of `python -m lora_ops.trainer.demo`: a Llama-architecture causal language model with
+The base model of `python -m examples.demo`: a Llama-architecture causal language model with
 {parameters:,} parameters and its own byte-level BPE tokenizer ({vocab} tokens), made from nothing by
-`python -m lora_ops.trainer.base_model`. It is a demo's base model; it is useful for nothing else.
+`python -m examples.demo.base_model`. It is a demo's base model; it is useful for nothing else.
 
 * **Text**: {files} source files of CPython {python}'s standard library, the "base" split of
-  `lora_ops/trainer/stdlib.py` (PSF licence); {corpus_tokens:,} tokens of plain source text. No instruction data, and
+  `examples/demo/stdlib.py` (PSF licence); {corpus_tokens:,} tokens of plain source text. No instruction data, and
   no file of the splits that the demo tunes on ("train") or measures on ("heldout").
 * **Training**: {steps} steps of {batch} x {length} tokens, AdamW, peak rate {rate}, cosine, seed {seed};
   {seconds:.0f} s on a CPU. Loss {train_loss:.2f} on the text, {validation_loss:.2f} on files of the "train" split,
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="python -m lora_ops.trainer.base_model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.demo.base_model", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=DEMO_MODEL, help="where the model goes (%(default)s)")
     parser.add_argument("--max_steps", type=int, default=BaseConfig.max_steps, help="optimizer steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=BaseConfig.seed, help="seed of weights and order (%(default)s)")

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from lora_ops.trainer.base_model import DEMO_MODEL, BaseConfig, save_base, train_base, train_tokenizer
+from examples.demo.base_model import DEMO_MODEL, BaseConfig, save_base, train_base, train_tokenizer
 
 TEXTS = [f"def add{i}(a, b):\n    return a + b + {i}\n" * 6 for i in range(30)]
 SMALL = BaseConfig(

@@ -1,6 +1,6 @@
 """The demo: QLoRA fine-tuning of a small Llama model with `lora_ops.inject` and TRL, start to end in minutes on a CPU.
 
-python -m lora_ops.trainer.demo [--max_steps N] [--output_dir DIR] [--seed N]
+python -m examples.demo [--max_steps N] [--output_dir DIR] [--seed N]
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora_ops.trainer import report
+from examples.demo import report
+from examples.demo.base_model import DEMO_MODEL
+from examples.demo.data import instruction_dataset, instruction_items
+from examples.demo.stdlib import library_files
 from lora_ops.trainer._files import write_json
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
-from lora_ops.trainer.base_model import DEMO_MODEL
-from lora_ops.trainer.data import instruction_dataset, instruction_items
 from lora_ops.trainer.divergence import DivergedError
-from lora_ops.trainer.stdlib import library_files
 
 HELDOUT_ITEMS = 240
 
@@ -56,7 +56,7 @@ def _unquantized_loss(items: list[dict[str, str]]) -> tuple[float, int]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lora_ops.trainer.evaluate import item_losses
+    from examples.demo.evaluate import item_losses
 
     model = AutoModelForCausalLM.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -72,7 +72,7 @@ def _samples(items: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _answer(model: Any, tokenizer: Any, items: list[dict[str, str]]) -> list[str]:
-    from lora_ops.trainer.evaluate import greedy_answer
+    from examples.demo.evaluate import greedy_answer
 
     return [greedy_answer(model, tokenizer, item["prompt"]) for item in items]
 
@@ -106,9 +106,9 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     print(_INTRO, flush=True)
     _quiet()
     import lora_ops
+    from examples.demo.evaluate import item_losses
+    from examples.demo.progress import progress_bar
     from lora_ops.trainer import sft
-    from lora_ops.trainer.evaluate import item_losses
-    from lora_ops.trainer.progress import progress_bar
 
     _say(1, "Building questions from the running Python's standard library (parsed, never imported)")
     train_data = instruction_dataset("train").select_columns(["prompt", "completion"])
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         0 if the held-out loss fell and its 95 % interval excludes zero, else 1.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lora_ops.trainer.demo", description="QLoRA fine-tuning, start to end, on any machine."
+        prog="python -m examples.demo", description="QLoRA fine-tuning, start to end, on any machine."
     )
     parser.add_argument("--max_steps", type=int, default=160, help="optimizer steps (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="where files go (%(default)s)")
@@ -239,7 +239,3 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print("\nThe held-out loss did not clearly fall: the 95 % interval does not lie below zero.")
     return 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

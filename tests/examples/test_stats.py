@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lora_ops.trainer.stats import paired_interval, student_t
+from examples.demo.stats import paired_interval, student_t
 
 
 @pytest.mark.parametrize(

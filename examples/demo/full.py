@@ -1,6 +1,6 @@
 """Full fine-tuning of the demo's model with AdamW states that exceed their memory, in 32 and in 8 bits.
 
-python -m lora_ops.trainer.full [--max_steps N] [--page_budget 1MiB] [--output_dir DIR] [--seed N]
+python -m examples.demo.full [--max_steps N] [--page_budget 1MiB] [--output_dir DIR] [--seed N]
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_ops.trainer import report
+from examples.demo import report
+from examples.demo.base_model import DEMO_MODEL
+from examples.demo.data import instruction_dataset, instruction_items
 from lora_ops.trainer._files import write_json
 from lora_ops.trainer._require import TRAIN_PACKAGES, require
-from lora_ops.trainer.base_model import DEMO_MODEL
-from lora_ops.trainer.data import instruction_dataset, instruction_items
 from lora_ops.trainer.divergence import DivergedError
 
 HELDOUT_ITEMS = 120
@@ -36,9 +36,9 @@ def run(output_dir: Path, *, max_steps: int, page_budget: str, seed: int, batch_
         ValueError: if page_budget is no size.
     """
     require(*TRAIN_PACKAGES)
+    from examples.demo.evaluate import item_losses
+    from examples.demo.progress import progress_bar
     from lora_ops.trainer import sft
-    from lora_ops.trainer.evaluate import item_losses
-    from lora_ops.trainer.progress import progress_bar
 
     data = instruction_dataset("train").select_columns(["prompt", "completion"])
     items = instruction_items("heldout", max_items=HELDOUT_ITEMS)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lora_ops.trainer.full", description="Full fine-tuning with AdamW states that exceed memory."
+        prog="python -m examples.demo.full", description="Full fine-tuning with AdamW states that exceed memory."
     )
     parser.add_argument("--max_steps", type=int, default=120, help="optimizer steps (%(default)s)")
     parser.add_argument("--page_budget", default="1MiB", help="bytes of AdamW's states in memory (%(default)s)")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from lora_ops.trainer import full
+from examples.demo import full
 
 STEPS, BUDGET = 30, 1 << 20
 

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from examples.demo.stats import PairedInterval, paired_interval
 from lora_ops.trainer._files import replacing_file
-from lora_ops.trainer.stats import PairedInterval, paired_interval
 
 
 def compare(

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ops.trainer.stdlib import SourceFile, Split, library_files, top_module
+from examples.demo.stdlib import SourceFile, Split, library_files, top_module
 
 if TYPE_CHECKING:
     from datasets import Dataset

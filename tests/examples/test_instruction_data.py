@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from lora_ops.trainer.base_model import DEMO_MODEL
-from lora_ops.trainer.data import KINDS, functions_in, functions_of, instruction_dataset, instruction_items
-from lora_ops.trainer.stdlib import SPLITS, SourceFile, library_files, split_of, top_module
+from examples.demo.base_model import DEMO_MODEL
+from examples.demo.data import KINDS, functions_in, functions_of, instruction_dataset, instruction_items
+from examples.demo.stdlib import SPLITS, SourceFile, library_files, split_of, top_module
 
 
 def test_split_is_a_function_of_the_name_alone():
