@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from layers before its own, and from its own; optim only from what its entry names.
 LAYERS = [
     ("runtime", "version"),
+    ("paging",),
     ("quant",),
     ("kernels",),
     ("optim",),

@@ -25,7 +25,7 @@ from bench.measure import OURS, Comparison, Contender, measure, one_line
 from bench.peers import load
 from bench.plan import Effort
 from lora_ops.optim import AdamW, optimizer_memory
-from lora_ops.optim.tiers import CudaDevice, Tier
+from lora_ops.paging.tiers import CudaDevice, Tier
 
 LR = 1e-3
 STEPS = 3  # that results are compared after

@@ -16,9 +16,9 @@ from bench.measure import Comparison, Contender
 from bench.peers import load
 from bench.plan import Plan
 from bench.suites.common import ours
-from lora_ops.kernels.adamw import Again, Table
+from lora_ops.kernels.adamw import SliceTable, StepValues
 from lora_ops.optim import AdamW, optimizer_memory
-from lora_ops.optim.tiers import FileTier
+from lora_ops.paging.tiers import FileTier
 
 LR = 1e-3
 CHECKED_STEPS = 3
@@ -110,13 +110,14 @@ def _pages(plan: Plan, n: int, k: int, bits: int, budget: int, variant: str) -> 
         made: list[AdamW] = []
         inner = operands.contender(lambda ps: made.append(paged(ps)) or made[0], bits)  # type: ignore[func-returns-value]
         pager = made[0]._store.pager  # type: ignore[union-attr]
-        tier, nothing, no_step = pager.tier, Table([], []), Again([], [], [], [], None)
+        nothing, no_values = SliceTable([]), StepValues((), (), (), (), None)
 
         def run() -> None:
             extents = range(len(pager.table))
-            if isinstance(tier, FileTier) and Table.serves() and not pager.all_in_frames(extents):
-                no_slices = dict.fromkeys(extents, (0, 0))
-                pager.stream(extents, no_slices, lambda p: tier.stream(p, lambda t: nothing.run_in_pages(t, no_step)))
+            moves = any(page.frame is None for page in pager.table)
+            if isinstance(pager.tier, FileTier) and SliceTable.serves() and moves:
+                with pager.native_pass(extents, dict.fromkeys(extents, (0, 0))) as work:
+                    work.report = nothing.run_in_pages(work.pages, no_values)
                 return
             for _ in pager.sweep(extents):
                 pass

@@ -8,31 +8,29 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from lora_ops.kernels.adamw import Again, Table, constants
 from lora_ops.optim import checkpoint, statedict
-from lora_ops.optim.errors import PagingError
-from lora_ops.optim.groups import with_32bit_groups
+from lora_ops.optim.groups import check_group, with_32bit_groups
 from lora_ops.optim.layout import effective_bits
-from lora_ops.optim.memory import check_extents, choose_extent_bytes, parse_bytes
-from lora_ops.optim.pages import Pager
-from lora_ops.optim.states import Job, PagedStates, ResidentStates, Spec
-from lora_ops.optim.stats import PagingStats, paging_stats
-from lora_ops.optim.tiers import CudaDevice, Device, FileTier, PinnedTier, Tier
-from lora_ops.runtime.sharding import is_sharded, local, shard_number, sharded_as
+from lora_ops.optim.paged import PagedStates
+from lora_ops.optim.plan import Plan
+from lora_ops.optim.resident import ResidentStates
+from lora_ops.optim.states import StateShape, StateStore
+from lora_ops.paging.budget import check_extents, choose_extent_bytes, parse_bytes
+from lora_ops.paging.errors import PagingError
+from lora_ops.paging.pager import Pager
+from lora_ops.paging.stats import PagingStats
+from lora_ops.paging.tiers import CudaDevice, Device, FileTier, PinnedTier, Tier
+from lora_ops.runtime.sharding import is_sharded, local
 
 logger = logging.getLogger("lora_ops")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -99,8 +97,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed if stochastic_rounding else None
         self._failed: str | None = None
         self._owners: dict[int, Tensor] = {}  # by number: the parameter whose states the store holds under it
-        self._pattern: list[int] = []  # the parameters that had a gradient in the last step
-        self._routine: _Routine | None = None
+        self._plan: Plan | None = None  # of the last step
         self.page_budget = budget
         self._page_device: torch.device | None = None
         _import_dynamo()
@@ -108,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
         hyperparameters = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         params = with_32bit_groups(params, params_32bit)
         super().__init__(params, {**hyperparameters, "maximize": maximize, "state_bits": state_bits})
-        self._store: ResidentStates | PagedStates = ResidentStates()
+        self._store: StateStore = ResidentStates()
         if budget is not None:
             self._page_device = self._only_device()
             extent = choose_extent_bytes(budget, self._page_device.type) if extent_bytes is None else extent_bytes
@@ -116,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
             if pinned is not None and pinned < 2 * extent:
                 raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
             pager = Pager(self._tier(self._page_device, page_dir, pinned, extent), budget // extent)
-            self._store = PagedStates(pager, extent)
+            self._store = PagedStates(pager)
         # Not __del__: this also runs at the interpreter's exit, and never on a half-made optimizer.
         self._finalizer = weakref.finalize(self, self._store.close)
 
@@ -152,7 +149,7 @@ class AdamW(torch.optim.Optimizer):
         """Add a group, as torch does, after checking its hyperparameters and dtypes."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -181,76 +178,33 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
-        if self._routine and Table.serves() and self._step_again(self._routine):
-            return loss
-        self._routine = None
-        self._follow()
-        params, jobs, rows = self._plan()
-        if not jobs:
-            return loss
-        with self._failing("a step"):
-            self._store.step(jobs, rows, self._seed)
-            for p, job in zip(params, jobs, strict=True):
-                own = local(p)
-                if job.param.data_ptr() != own.data_ptr():  # a contiguous copy
-                    own.copy_(job.param.view(own.shape))
-                self.state[p]["step"] = job.step
-            increment_version(params)
-        self._note_routine(params, jobs)
+        plan = self._plan_step()
+        if plan.indices:
+            with self._failing("a step"):
+                self._store.step(plan)
+                plan.finish()
+            self._plan = plan
         return loss
 
-    def _note_routine(self, params: list[Tensor], jobs: list[Job]) -> None:
-        """After two steps with gradients for the same parameters, lay out the next one."""
-        pattern, self._pattern = self._pattern, [job.index for job in jobs]
-        if pattern != self._pattern or any(map(is_sharded, self._params())):  # addresses are a plain tensor's
-            return
-        for p, job in zip(params, jobs, strict=True):
-            in_place = p.grad is not None and job.grad.data_ptr() == p.grad.data_ptr()
-            if p.device.type != "cpu" or not in_place or job.param.data_ptr() != p.data_ptr():
-                return
-        with_grad = set(self._pattern)
-        members: list[_Member] = []
-        for i, p in enumerate(self._params()):
-            dtype = None if p.grad is None else p.grad.dtype
-            members.append((p, p.data_ptr(), p.numel(), dtype, self.state[p] if i in with_grad else None))
-        self._routine = _Routine(self._store.lay_out(jobs), members)
+    def _plan_step(self) -> Plan:
+        """The plan of the last step if it still holds, else a new one, with states for parameters that have none."""
+        if self._plan is not None and self._plan.renew(self.param_groups, self.state):
+            return self._plan
+        self._plan = None
+        self._follow()
+        plan = Plan(self.param_groups, self.state, self._seed)
+        if new := [index for index in plan.indices if index not in self._owners]:
+            self._add_states(new)
+        plan.lay_out(self._store.slices(plan.indices))
+        return plan
 
-    def _step_again(self, routine: _Routine) -> bool:
-        """Do a step for which only values, addresses of gradients and hyperparameters have changed; else do nothing."""
-        members = iter(routine.members)
-        params, states, grads, index, steps, rows = [], [], [], [], [], []
-        for group in self.param_groups:
-            first = 0
-            for p in group["params"]:
-                known, address, numel, dtype, state = next(members, _NOBODY)
-                grad = p.grad
-                if p is not known or (grad is None) != (state is None) or self.state.get(p) is not state:
-                    return False
-                if grad is None or state is None:
-                    continue
-                if p.data_ptr() != address or grad.dtype is not dtype or grad.layout is not torch.strided:
-                    return False
-                if not p.is_contiguous():
-                    return False
-                step = state["step"] + 1
-                if not grad.is_contiguous() or grad.numel() != numel or step != (first or step):
-                    return False
-                if not first:
-                    first = step
-                    rows.append(_constants(step, group))
-                params.append(p)
-                states.append(state)
-                grads.append(grad.data_ptr())
-                index.append(len(rows) - 1)
-                steps.append(step)
-        if next(members, None) is not None:
-            return False
-        with self._failing("a step"):
-            routine.run(Again(grads, index, steps, rows, self._seed))
-            for state, step in zip(states, steps, strict=True):
-                state["step"] = step
-            increment_version(params)
-        return True
+    def _add_states(self, indices: Sequence[int]) -> None:
+        params = self._params()
+        bits = [group["state_bits"] for group in self.param_groups for _ in group["params"]]
+        self._store.add([self._shape(i, params[i], bits[i]) for i in indices])
+        self._owners.update((i, params[i]) for i in indices)
+        if isinstance(self._store, PagedStates):
+            logger.info("%s", self._store.pager.report())
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:
@@ -258,6 +212,7 @@ class AdamW(torch.optim.Optimizer):
         try:
             yield
         except BaseException as error:
+            self._plan = None  # which holds gradients
             self._failed = f"{what} was cut short ({type(error).__name__}: {error})"
             raise
 
@@ -274,37 +229,6 @@ class AdamW(torch.optim.Optimizer):
         with self._failing("moving states"):
             self._store.rename(moved)
             self._owners = {new: self._owners[number] for number, new in moved.items() if new is not None}
-
-    def _plan(self) -> tuple[list[Tensor], list[Job], list[tuple[float, ...]]]:
-        """The parameters with a gradient, a job for each, and the constants of each (group, step) once."""
-        params: list[Tensor] = []
-        jobs: list[Job] = []
-        rows: list[tuple[float, ...]] = []
-        specs: list[Spec] = []
-        index = -1
-        for group in self.param_groups:
-            row_of: dict[int, int] = {}
-            for p in group["params"]:
-                index += 1
-                if p.grad is None:
-                    continue
-                grad = _local_grad(index, p)
-                if index not in self._owners:
-                    specs.append(self._spec(index, p, group["state_bits"]))
-                step = self.state[p].get("step", 0) + 1
-                if step not in row_of:
-                    row_of[step] = len(rows)
-                    rows.append(_constants(step, group))
-                params.append(p)
-                stream = index + (shard_number(p) << 20 if is_sharded(p) else 0)
-                jobs.append(Job(index, _flat(local(p)), _flat(grad), row_of[step], step, stream))
-        if specs:
-            self._store.add(specs)
-            members = self._params()
-            self._owners.update((spec.index, members[spec.index]) for spec in specs)
-            if isinstance(self._store, PagedStates):
-                logger.info("%s", paging_stats(self._store))
-        return params, jobs, rows
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.optim.AdamW gives it; with 32-bit states that optimizer loads it.
@@ -388,12 +312,12 @@ class AdamW(torch.optim.Optimizer):
         """How the pages fared so far. Raises ValueError if the optimizer has none."""
         if not isinstance(self._store, PagedStates):
             raise ValueError("paging_stats: the optimizer has no page_budget")
-        return paging_stats(self._store)
+        return self._store.pager.report()
 
     def close(self) -> None:
         """Give back memory and files now; otherwise that happens when the optimizer is deleted."""
         self._failed = self._failed or "it was closed"
-        self._routine = None
+        self._plan = None
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -403,15 +327,15 @@ class AdamW(torch.optim.Optimizer):
         self._check_open()
         params = self._params()
         bits = [group["state_bits"] for group in groups for _ in group["params"]]
-        specs = [self._spec(i, params[i], bits[i]) for i in steps]
+        shapes = [self._shape(i, params[i], bits[i]) for i in steps]
         for group in groups:
-            _check_group(group)
-        self._routine = None
+            check_group(group)
+        self._plan = None
         with self._failing("loading a state"):
             self._store.reset()
             self.state.clear()
             self._owners = {}
-            self._store.add(specs)
+            self._store.add(shapes)
             self._store.fill(source)
             for i, step in steps.items():
                 self.state[params[i]] = {"step": step}
@@ -419,11 +343,11 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups = groups
             self._failed = None
 
-    def _spec(self, index: int, p: Tensor, bits: int) -> Spec:
+    def _shape(self, index: int, p: Tensor, bits: int) -> StateShape:
         if self._page_device is not None and p.device != self._page_device:
             raise ValueError(f"parameter {index}: expected on {self._page_device} like its pages, got {p.device}")
         # The bits go by the whole parameter, or ranks with a small part would save states of another kind.
-        return Spec(index, local(p).numel(), effective_bits(p.numel(), bits), p.device)
+        return StateShape(index, local(p).numel(), effective_bits(p.numel(), bits), p.device)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -449,21 +373,6 @@ class AdamW(torch.optim.Optimizer):
             raise PagingError(f"AdamW: {self._failed}; load a checkpoint before going on")
 
 
-# Parameter, address, elements, and if it has a gradient that one's dtype and the state.
-_Member: TypeAlias = tuple[Tensor, int, int, torch.dtype | None, dict[str, Any] | None]
-
-
-@dataclass(frozen=True)
-class _Routine:
-    """A step laid out."""
-
-    run: Callable[[Again], None]
-    members: list[_Member]
-
-
-_NOBODY: tuple[Any, int, int, None, None] = (None, 0, 0, None, None)
-
-
 def _import_dynamo() -> None:
     """Before torch does so in the first optimizer's first call: what an import leaves behind keeps frames alive.
 
@@ -474,63 +383,3 @@ def _import_dynamo() -> None:
         thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
         thread.start()
         thread.join()
-
-
-def _constants(step: int, group: dict[str, Any]) -> tuple[float, ...]:
-    return constants(
-        step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-        weight_decay=group["weight_decay"], maximize=group["maximize"],
-    )  # fmt: skip
-
-
-def _flat(t: Tensor) -> Tensor:
-    """The elements in a row: a view, or a copy if they are strided (of which reshape may still make a view)."""
-    return t.detach().reshape(-1).contiguous()
-
-
-def _local_grad(index: int, p: Tensor) -> Tensor:
-    """The checked gradient; of a sharded parameter this rank's part of it."""
-    grad = p.grad
-    if grad is None or grad.is_sparse or grad.dtype not in _DTYPES:
-        kind = "none" if grad is None else "a sparse one" if grad.is_sparse else str(grad.dtype)
-        raise ValueError(f"parameter {index}: expected a dense gradient of {_names(_DTYPES)}, got {kind}")
-    if is_sharded(grad) != is_sharded(p):
-        expected, got = ("a DTensor", "a plain tensor") if is_sharded(p) else ("a plain tensor", "a DTensor")
-        raise ValueError(f"parameter {index}: expected {expected} as gradient, as the parameter is one, got {got}")
-    return local(sharded_as(grad, p)) if is_sharded(p) else grad
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not _number(name, group[name]) >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {_number(name, group[name])}")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= _number("betas", b) < 1 for b in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    for name in ("amsgrad", "differentiable"):
-        if group.get(name):
-            raise ValueError(f"{name}: expected False, which is all that this optimizer does, got {group[name]!r}")
-    if group["state_bits"] not in (8, 32):
-        raise ValueError(f"state_bits: expected 32 or 8, got {group['state_bits']}")
-    if len(set(group["params"])) < len(group["params"]):
-        raise ValueError("params: expected each parameter once, got one twice in a group")
-    for p in group["params"]:
-        if p.dtype not in _DTYPES:
-            raise ValueError(f"params: expected dtype {_names(_DTYPES)}, got {_names([p.dtype])}")
-        if p.layout is not torch.strided:
-            raise ValueError(f"params: expected dense tensors, got layout {p.layout}")
-        if is_sharded(p) and any(placement.is_partial() for placement in p.placements):
-            raise ValueError(f"params: expected DTensors that are sharded or replicated, got {p.placements}")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, str):  # "1e-5" is one to PyYAML
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}: expected a number, got {value!r}") from None

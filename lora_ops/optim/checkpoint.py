@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops.optim.buffers import bytes_of, write_all
-from lora_ops.optim.checksum import checksum
-from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import BLOCK_SIZE, States, part_dtype, part_numel
 from lora_ops.optim.statedict import packed_groups
-from lora_ops.optim.states import PagedStates, ResidentStates
+from lora_ops.optim.states import StateStore
+from lora_ops.paging.buffers import bytes_of, write_all
+from lora_ops.paging.checksum import checksum
+from lora_ops.paging.errors import PagingError
 
 FORMAT = "lora_ops.optim.AdamW 2"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I64": torch.int64}
@@ -34,7 +34,7 @@ _PIECE = 4 << 20
 
 def save(
     path: Path,
-    store: ResidentStates | PagedStates,
+    store: StateStore,
     groups: Sequence[Mapping[str, Any]],
     steps: Mapping[int, int],
     params: Mapping[str, Tensor],
@@ -74,7 +74,7 @@ class _Writer:
     def __init__(
         self,
         file: Any,
-        store: ResidentStates | PagedStates,
+        store: StateStore,
         groups: Sequence[Mapping[str, Any]],
         steps: Mapping[int, int],
         params: Mapping[str, Tensor],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -89,13 +90,17 @@ def part_dtype(name: str, bits: int) -> torch.dtype:
     return torch.float32 if bits == 32 or name.endswith("absmax") else torch.uint8
 
 
+def places(offset: int, n: int, bits: int) -> tuple[int, ...]:
+    """Where the states of n elements that begin at `offset` have each of their tensors."""
+    return tuple(accumulate(_parts(n, bits)[:-1], initial=offset))
+
+
 def views(buffer: Tensor, offset: int, n: int, bits: int) -> States:
     """The states of n elements that lie at `offset` of a uint8 buffer."""
     found = []
-    for name, size in zip(States.names(bits), _parts(n, bits), strict=True):
+    for name, begin in zip(States.names(bits), places(offset, n, bits), strict=True):
         dtype = part_dtype(name, bits)
-        found.append(buffer[offset : offset + part_numel(name, n) * dtype.itemsize].view(dtype))
-        offset += size
+        found.append(buffer[begin : begin + part_numel(name, n) * dtype.itemsize].view(dtype))
     return States(*found)
 
 

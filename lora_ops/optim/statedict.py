@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops.optim.buffers import bytes_of, write_all
-from lora_ops.optim.errors import PagingError
 from lora_ops.optim.layout import BLOCK_SIZE, States
 from lora_ops.optim.shards import own_part, shaped, state_shape
+from lora_ops.paging.buffers import bytes_of, write_all
+from lora_ops.paging.errors import PagingError
 
 
 def entry(step: int, tensors: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_ops.optim import AdamW, PagingError
-from lora_ops.optim.tiers import Tier
+from lora_ops.paging.tiers import Tier
 from tests.optim.conftest import assert_equal
-from tests.optim.simulated import Adversary, SimulatedDevice, SimulatedWorker, adversaries
+from tests.paging.simulated import Adversary, SimulatedDevice, SimulatedWorker, adversaries
 
 EXTENT = 4096
 SIZES = (3000, 5000, 70, 1500, 4200)

@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_ops.kernels.adamw import Again, Table
-from lora_ops.optim.errors import PagingError
-from lora_ops.optim.pages import Pager
-from lora_ops.optim.tiers import FileTier
+from lora_ops.kernels.adamw import SliceTable, StepValues
+from lora_ops.paging.errors import PagingError
+from lora_ops.paging.pager import Pager
+from lora_ops.paging.tiers import FileTier
 from lora_ops.runtime import native
 
 EXTENT = 4096
@@ -238,15 +238,11 @@ def test_what_was_touched_is_written_back_and_found_again() -> None:
 def stream(pager: Pager, extents: Sequence[int]) -> int:
     """A pass of native code that changes extents, with nothing to do on them; how many it had to fetch."""
     before = pager.stats.misses, pager.tier.stats.bytes_read
-    again = Again([], [], [], [], None)
     tier = pager.tier
     assert isinstance(tier, FileTier)
     stored = {e for e in extents if pager.table[e].frame is None and pager.table[e].stored}
-    pager.stream(
-        extents,
-        dict.fromkeys(extents, (0, 0)),
-        lambda passage: tier.stream(passage, lambda pages: Table([], []).run_in_pages(pages, again)),
-    )
+    with pager.native_pass(extents, dict.fromkeys(extents, (0, 0))) as work:
+        work.report = SliceTable([]).run_in_pages(work.pages, StepValues((), (), (), (), None))
     assert tier.stats.bytes_read - before[1] == len(stored) * EXTENT
     return pager.stats.misses - before[0]
 

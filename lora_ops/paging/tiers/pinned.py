@@ -21,10 +21,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ops.optim.errors import PagingError
-from lora_ops.optim.tiers.base import TierStats, Transfer
-from lora_ops.optim.tiers.cuda import Device, Event
-from lora_ops.optim.tiers.file import FileTier
+from lora_ops.paging.errors import PagingError
+from lora_ops.paging.stats import TierStats
+from lora_ops.paging.tiers.base import Transfer
+from lora_ops.paging.tiers.cuda import Device, Event
+from lora_ops.paging.tiers.file import FileTier
 
 MAX_STAGING = 4  # places for each direction: what is read ahead of the device, and written behind it
 

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from lora_ops.optim.errors import PagingError
+from lora_ops.paging.errors import PagingError
 
 LOCK_NAME = "lora_ops.lock"
 PAGES_NAME = "lora_ops.pages"

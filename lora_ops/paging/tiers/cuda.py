@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lora_ops.optim.errors import PagingError
+from lora_ops.paging.errors import PagingError
 
 
 class Event(Protocol):

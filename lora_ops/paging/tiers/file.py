@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lora_ops.optim.buffers import bytes_of
-from lora_ops.optim.checksum import checksum
-from lora_ops.optim.errors import PagingError
-from lora_ops.optim.tiers.base import TierStats
-from lora_ops.optim.tiers.folder import PageFolder
-from lora_ops.optim.tiers.passage import PAGE_CHECKSUM, PAGE_STORED, Passage
+from lora_ops.paging.buffers import bytes_of
+from lora_ops.paging.checksum import checksum
+from lora_ops.paging.errors import PagingError
+from lora_ops.paging.native_pass import NativePass
+from lora_ops.paging.stats import TierStats
+from lora_ops.paging.tiers.folder import PageFolder
 from lora_ops.runtime import native
 
 
@@ -123,19 +122,17 @@ class FileTier:
     def release(self, frames: Sequence[Tensor]) -> None:
         """Nothing: the caller's work is done."""
 
-    def stream(self, batch: Passage, update: Callable[[native.PageTable], native.PageReport]) -> None:
-        """Have native code move extents and do the caller's work on them, on its threads and not on the one here.
-
-        Args:
-            batch: the extents and frames of a pass; none of them may be on its way. Tells afterwards what is where.
-            update: calls the native code.
-        """
+    def hand_over(self, work: NativePass) -> None:
+        """Let native code move extents, on its threads and not on the one here; none may be on its way."""
         self._check_usable()
-        pages = batch.pages
-        sums = pages[:, PAGE_CHECKSUM].view(np.uint64)
-        sums[:] = [self._checksums.get(extent, 0) for extent in range(len(pages))]
-        report = update(batch.table(self._fd, self.extent_bytes))
-        self._checksums.update((e, int(sums[e])) for e in np.flatnonzero(pages[:, PAGE_STORED]).tolist())
+        work.open(self._fd, self.extent_bytes, self._checksums)
+
+    def take_back(self, work: NativePass) -> None:
+        """Note what it moved; raises what went wrong."""
+        self._checksums.update(work.checksums())
+        report = work.report
+        if report is None:
+            return
         self.stats.bytes_read += report.bytes_read
         self.stats.bytes_written += report.bytes_written
         self.stats.read_seconds += report.read_ns / 1e9

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ops.optim.checksum import checksum, portable_checksum
+from lora_ops.paging.checksum import checksum, portable_checksum
 from lora_ops.runtime import native
 
 EMPTY, RAMP = 0xBCCE5CDE79263CDE, 0x4EB8A3576AC0FEAC

@@ -120,7 +120,7 @@ class Accesses:
 
 
 class SimulatedDevice:
-    """Implements `lora_ops.optim.tiers.cuda.Device`.
+    """Implements `lora_ops.paging.tiers.cuda.Device`.
 
     Args:
         adversary: decides what runs when.

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_ops.optim import PagingError
-from lora_ops.optim.pages import Pager
-from lora_ops.optim.tiers import FileTier, PinnedTier
-from tests.optim.simulated import ACTORS, Adversary, SimulatedDevice, SimulatedWorker, adversaries
+from lora_ops.paging.pager import Pager
+from lora_ops.paging.tiers import FileTier, PinnedTier
+from tests.paging.simulated import ACTORS, Adversary, SimulatedDevice, SimulatedWorker, adversaries
 
 EXTENT = 4096
 

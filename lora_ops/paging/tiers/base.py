@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from lora_ops.paging.stats import TierStats
 
 
 class Transfer(Protocol):
@@ -24,16 +25,6 @@ class Transfer(Protocol):
         """
 
 
-@dataclass
-class TierStats:
-    """What went to and from the frames, and how long a background thread took for its part of it."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-
-
 class Tier(Protocol):
     """A store of extents, addressed by number.
 
@@ -42,10 +33,12 @@ class Tier(Protocol):
 
     Attributes:
         fast: name of the memory that frames are in.
+        extent_bytes: size of an extent, and so of a frame.
         directory: a folder that is this tier's own, or None.
     """
 
     fast: str
+    extent_bytes: int
 
     @property
     def directory(self) -> Path | None: ...

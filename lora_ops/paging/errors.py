@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class PagingError(RuntimeError):
-    """Optimizer states could not be moved, stored or read back; the message names the file and what to do."""
+    """What is in pages could not be moved, stored or read back; the message names the file and what to do."""

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_ops.optim.states import PagedStates
+
+@dataclass
+class PagerStats:
+    """Counts since a pager was made."""
+
+    sweeps: int = 0
+    hits: int = 0
+    misses: int = 0
+    wait_seconds: float = 0.0
+    peak_frames: int = 0
+    frames: int = 0
+
+
+@dataclass
+class TierStats:
+    """What went to and from the frames, and how long a background thread took for its part of it."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,17 +67,3 @@ class PagingStats:
             f"hit rate {self.hit_rate:.0%}, read {self.read / mib:.1f} MiB, wrote {self.written / mib:.1f} MiB, "
             f"waited {self.waited:.2f} s in {self.passes} passes"
         )
-
-
-def paging_stats(store: PagedStates) -> PagingStats:
-    """Collect the numbers of a store."""
-    pager, extent = store.pager, store.extent_bytes
-    counts, moved = pager.stats, pager.tier.stats
-    resident = counts.frames * extent
-    return PagingStats(
-        extent_bytes=extent, extents=len(pager.table), budget=pager.n_frames * extent, peak=counts.peak_frames * extent,
-        resident=resident, bytes_by_tier={pager.tier.fast: resident, **pager.tier.bytes_by_tier()},
-        passes=counts.sweeps, hits=counts.hits, misses=counts.misses,
-        read=moved.bytes_read, written=moved.bytes_written, waited=counts.wait_seconds,
-        read_seconds=moved.read_seconds, write_seconds=moved.write_seconds,
-    )  # fmt: skip
