@@ -42,6 +42,7 @@ SUITES = (
     "test_dispatch.py",
     "injection",
     "formats",
+    "paging",
     "optim",
     "trainer",
     "distributed",

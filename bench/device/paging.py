@@ -25,7 +25,7 @@ from bench.measure import OURS, Comparison, Contender, measure, one_line
 from bench.peers import load
 from bench.plan import Effort
 from lora_ops.optim import AdamW, optimizer_memory
-from lora_ops.paging.tiers import CudaDevice, Tier
+from lora_ops.paging.tiers import CudaDevice, Device
 
 LR = 1e-3
 STEPS = 3  # that results are compared after
@@ -78,10 +78,8 @@ class DelayedAdamW(AdamW):
         self.late = late
         super().__init__(params, **kwargs)
 
-    def _tier(self, device: torch.device, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
-        if device.type == "cpu":
-            return super()._tier(device, page_dir, host_budget, extent_bytes)
-        return self._cuda_tier(Delayed(device, self.late), page_dir, host_budget, extent_bytes)
+    def _device_of_frames(self, device: torch.device) -> Device | None:
+        return None if device.type == "cpu" else Delayed(device, self.late)
 
 
 class Workload:

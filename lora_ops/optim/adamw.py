@@ -23,11 +23,11 @@ from lora_ops.optim.paged import PagedStates
 from lora_ops.optim.plan import Plan
 from lora_ops.optim.resident import ResidentStates
 from lora_ops.optim.states import StateShape, StateStore
-from lora_ops.paging.budget import check_extents, choose_extent_bytes, parse_bytes
+from lora_ops.paging.budget import parse_bytes
 from lora_ops.paging.errors import PagingError
-from lora_ops.paging.pager import Pager
+from lora_ops.paging.open import open_pager
 from lora_ops.paging.stats import PagingStats
-from lora_ops.paging.tiers import CudaDevice, Device, FileTier, PinnedTier, Tier
+from lora_ops.paging.tiers import CudaDevice, Device
 from lora_ops.runtime.sharding import is_sharded, local
 
 logger = logging.getLogger("lora_ops")
@@ -108,11 +108,8 @@ class AdamW(torch.optim.Optimizer):
         self._store: StateStore = ResidentStates()
         if budget is not None:
             self._page_device = self._only_device()
-            extent = choose_extent_bytes(budget, self._page_device.type) if extent_bytes is None else extent_bytes
-            check_extents(budget, extent)
-            if pinned is not None and pinned < 2 * extent:
-                raise ValueError(f"host_budget: expected at least {2 * extent}, two extents of {extent}, got {pinned}")
-            pager = Pager(self._tier(self._page_device, page_dir, pinned, extent), budget // extent)
+            device = self._device_of_frames(self._page_device)
+            pager = open_pager(device, budget, page_dir=page_dir, host_budget=pinned, extent_bytes=extent_bytes)
             self._store = PagedStates(pager)
         # Not __del__: this also runs at the interpreter's exit, and never on a half-made optimizer.
         self._finalizer = weakref.finalize(self, self._store.close)
@@ -124,26 +121,9 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"page_budget: expected all parameters on the CPU or on one CUDA device, got {names}")
         return devices.pop()
 
-    def _tier(
-        self, device: torch.device, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int
-    ) -> Tier:
-        if device.type == "cpu":
-            if host_budget is not None:
-                raise ValueError(
-                    "host_budget: expected parameters on a CUDA device; on the CPU page_budget is all of it"
-                )
-            return FileTier(page_dir, extent_bytes)
-        return self._cuda_tier(CudaDevice(device), page_dir, host_budget, extent_bytes)
-
-    def _cuda_tier(
-        self, device: Device, page_dir: str | os.PathLike[str] | None, host_budget: int | None, extent_bytes: int
-    ) -> PinnedTier:
-        if host_budget is None and page_dir is not None:
-            host_budget = self.page_budget
-        if host_budget is None:
-            return PinnedTier(device, extent_bytes)
-        file = FileTier(page_dir, extent_bytes)
-        return PinnedTier(device, extent_bytes, file=file, host_extents=host_budget // extent_bytes)
+    def _device_of_frames(self, device: torch.device) -> Device | None:
+        """What pages ask of a device; None: they are in RAM."""
+        return None if device.type == "cpu" else CudaDevice(device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, after checking its hyperparameters and dtypes."""
@@ -203,7 +183,7 @@ class AdamW(torch.optim.Optimizer):
         bits = [group["state_bits"] for group in self.param_groups for _ in group["params"]]
         self._store.add([self._shape(i, params[i], bits[i]) for i in indices])
         self._owners.update((i, params[i]) for i in indices)
-        if isinstance(self._store, PagedStates):
+        if self._store.pager is not None:
             logger.info("%s", self._store.pager.report())
 
     @contextmanager
@@ -227,6 +207,7 @@ class AdamW(torch.optim.Optimizer):
         if all(number == new for number, new in moved.items()):
             return
         with self._failing("moving states"):
+            self._plan = None
             self._store.rename(moved)
             self._owners = {new: self._owners[number] for number, new in moved.items() if new is not None}
 
@@ -310,7 +291,7 @@ class AdamW(torch.optim.Optimizer):
 
     def paging_stats(self) -> PagingStats:
         """How the pages fared so far. Raises ValueError if the optimizer has none."""
-        if not isinstance(self._store, PagedStates):
+        if self._store.pager is None:
             raise ValueError("paging_stats: the optimizer has no page_budget")
         return self._store.pager.report()
 
@@ -354,7 +335,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _folder(self) -> Path | None:
         """The folder that the pages are in, or None."""
-        return self._store.pager.tier.directory if isinstance(self._store, PagedStates) else None
+        return None if self._store.pager is None else self._store.pager.tier.directory
 
     def _check_whole(self, what: str) -> None:
         if any(map(is_sharded, self._params())):

@@ -18,6 +18,8 @@ _FILL = 1 << 20  # elements that are loaded at a time, in whole blocks: what a f
 class ResidentStates:
     """A `StateStore` in which each parameter is an extent of its own, with its number."""
 
+    pager = None
+
     def __init__(self) -> None:
         self._states: dict[int, States] = {}
 

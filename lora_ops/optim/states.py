@@ -10,6 +10,7 @@ import torch
 
 from lora_ops.optim.layout import Segment, States
 from lora_ops.optim.plan import Plan
+from lora_ops.paging.pager import Pager
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,14 @@ class Sink(Protocol):
 
 
 class StateStore(Protocol):
-    """States of parameters, by their numbers, and the step that updates them: the same bits wherever they are."""
+    """States of parameters, by their numbers, and the step that updates them: the same bits wherever they are.
+
+    Attributes:
+        pager: holds the pages, if they are in pages.
+    """
+
+    @property
+    def pager(self) -> Pager | None: ...
 
     def add(self, shapes: Sequence[StateShape]) -> None:
         """Make zero states for new parameters; raises PagingError, and changes nothing, if there is no room."""

@@ -503,7 +503,7 @@ def adamw_pages(
 
 
 def checksum(pointer: int, n: int) -> int:
-    """The 64-bit checksum of n bytes that lora_ops/optim/checksum.py defines."""
+    """The 64-bit checksum of n bytes that lora_ops/paging/checksum.py defines."""
     found = c_uint64()
     _check(library().lora_ops_checksum(pointer, n, byref(found)), "checksum", "bytes")
     return found.value

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_ops.optim import AdamW, PagingError
-from lora_ops.paging.tiers import Tier
 from tests.optim.conftest import assert_equal
 from tests.paging.simulated import Adversary, SimulatedDevice, SimulatedWorker, adversaries
 
@@ -33,12 +32,12 @@ class SimulatedAdamW(AdamW):
     def __init__(self, params: Any, device: SimulatedDevice, **kwargs: Any) -> None:
         self.simulated = device
         super().__init__(params, extent_bytes=EXTENT, page_budget=device.budget, **kwargs)
+        file = self._store.pager.tier.file  # type: ignore[union-attr]
+        if file is not None:
+            file._worker = SimulatedWorker(device)
 
-    def _tier(self, device: torch.device, page_dir: Any, host_budget: int | None, extent_bytes: int) -> Tier:
-        tier = self._cuda_tier(self.simulated, page_dir, host_budget, extent_bytes)
-        if tier.file is not None:
-            tier.file._worker = SimulatedWorker(self.simulated)  # type: ignore[assignment]
-        return tier
+    def _device_of_frames(self, device: torch.device) -> SimulatedDevice:
+        return self.simulated
 
 
 class Model:

@@ -37,7 +37,7 @@ class Twins:
         self.fast, self.slow = AdamW(groups[0], lr=1e-2, **kwargs, **pages or {}), AdamW(groups[1], lr=1e-2, **kwargs)
         self.steps = 0
 
-    def step(self, missing: int | None = None, transposed: bool = False) -> bool:
+    def step(self, missing: int | None = None, transposed: bool = False, backend: str = "auto") -> bool:
         """One step of both; whether the plan of the first one's last step served again."""
         self.steps += 1
         for params in self.params:
@@ -46,7 +46,8 @@ class Twins:
             if transposed:
                 params[4].grad = grads(self.steps)[4].t()
         plan = self.fast._plan
-        self.fast.step()
+        with lora_ops.use_backend(backend):
+            self.fast.step()
         with lora_ops.trace() as trace:
             self.slow.step()
         assert trace.backends("adamw_") == {"native"}
@@ -167,6 +168,24 @@ def test_what_needs_a_new_plan(pages: dict[str, int] | None) -> None:
         optimizer.add_param_group({"params": [p]})
     assert not twins.step()
     assert torch.equal(*(o.param_groups[2]["params"][0] for o in (twins.fast, twins.slow)))
+
+
+@pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES.keys())
+def test_a_plan_serves_while_a_parameter_is_frozen(pages: dict[str, int] | None) -> None:
+    """Its states stay, and those of the others go on without it; back in, it is behind them."""
+    twins = Twins(pages, state_bits=8)
+    assert [twins.step() for _ in range(2)] == [False, True]
+    assert [twins.step(missing=0) for _ in range(3)] == [False, True, True]
+    assert [twins.step() for _ in range(3)] == [False, True, True]
+    steps = [twins.fast.state[p]["step"] for p in twins.params[0]]
+    assert steps == [5, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES.keys())
+def test_a_plan_serves_on_another_backend(pages: dict[str, int] | None) -> None:
+    twins = Twins(pages)
+    steps = [twins.step(backend=backend) for backend in ("native", "native", "reference", "auto", "reference")]
+    assert steps == [False, True, True, True, True]
 
 
 def test_a_parameter_that_shrinks_in_place_needs_a_new_plan() -> None:
