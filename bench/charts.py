@@ -1,14 +1,17 @@
-"""PNG charts of a report; without matplotlib there are none."""
+"""PNG charts of a report: `python -m bench.charts bench/results/cpu/<cpu>` draws them into build/charts/<cpu>."""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.environment import ROOT
 from bench.files import write_with
 from bench.measure import Row, Run
+from bench.report import run_from_dict
 
 COLOURS = {
     "dense": "#444444",
@@ -34,8 +37,6 @@ COLOURS = {
 
 def write_charts(folder: Path, about: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     """Write a chart of each op that has times: curves over M where M varies, bars otherwise. Answers the file names."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
     machine = about.get("gpu") or about["cpu"]
     names = []
     ops = dict.fromkeys(row.op for run in runs for row in run.rows if row.median_ms is not None)
@@ -143,3 +144,19 @@ def _bars(path: Path, title: str, label: str, attribute: str, panels: dict[str, 
         axis.grid(True, axis="x", alpha=0.25)
     figure.suptitle(title)
     write_with(path, lambda beside: figure.savefig(beside, dpi=140))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the results of a folder."""
+    parser = argparse.ArgumentParser(prog="python -m bench.charts", description=__doc__)
+    parser.add_argument("folder", type=Path, help="with the results.json of a run of the benchmarks")
+    folder = parser.parse_args(argv).folder
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    output = ROOT / "build" / "charts" / folder.resolve().name
+    for name in write_charts(output, results["about"], [run_from_dict(run) for run in results["runs"]]):
+        print(f"wrote {output / name}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,8 +1,8 @@
 """`python3 -m bench.gpu`: checks and times every op on this machine's GPU, from a bare checkout with torch and triton.
 
 Sections run in a child process that saves after each piece of work. If it dies, hangs or breaks its CUDA context, that
-section is reported as failed and another child runs the rest. Results: bench/results/<gpu>/ (results.json, report.md
-and charts), rewritten after every section. Exit status: 0, 1 if a check or a section failed, 2 without a GPU.
+section is reported as failed and another child runs the rest. Results: bench/results/<gpu>/ (results.json and
+report.md), rewritten after every section. Exit status: 0, 1 if a check or a section failed, 2 without a GPU.
 
 `--tune` measures which route of an op is faster from how many tokens on, and writes it to where lora_ops reads it
 (runtime/crossovers.py). Without it the same is measured, used for the times that follow, and told in the report.

@@ -1,14 +1,13 @@
-"""The report: results.json, report.md and charts in one folder."""
+"""The report: results.json and report.md in one folder."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.charts import write_charts
 from bench.files import write_json, write_text
 from bench.measure import Row, Run
 
@@ -21,12 +20,10 @@ def run_from_dict(data: dict[str, Any]) -> Run:
 def write_report(folder: Path, about: dict[str, Any], runs: Sequence[Run]) -> None:
     """Write everything measured so far; called after every section, so that no crash loses what came before."""
     write_json(folder / "results.json", {"about": about, "runs": [asdict(run) for run in runs]})
-    write_text(folder / "report.md", markdown(about, runs, []))  # a chart that cannot be drawn leaves this one
-    charts = write_charts(folder, about, runs)
-    write_text(folder / "report.md", markdown(about, runs, charts))
+    write_text(folder / "report.md", markdown(about, runs))
 
 
-def markdown(about: dict[str, Any], runs: Sequence[Run], charts: Iterable[str]) -> str:
+def markdown(about: dict[str, Any], runs: Sequence[Run]) -> str:
     """The report's text."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"# Benchmarks on {about.get('gpu') or about['cpu']}", ""]
@@ -51,6 +48,7 @@ def markdown(about: dict[str, Any], runs: Sequence[Run], charts: Iterable[str]) 
         "The contenders of a comparison ran in turn in one process; times are medians. GB/s and GFLOP/s count the",
         "bytes and operations that the work needs at least; *of limit* is the time that these take at the ceilings",
         "below, over the time measured. The copy ceiling is that of memory: work that fits the cache may exceed it.",
+        "`python -m bench.charts FOLDER` draws the results of the folder.",
     ]
     for run in runs:
         lines += ["", f"## {run.name}", ""]
@@ -69,9 +67,6 @@ def markdown(about: dict[str, Any], runs: Sequence[Run], charts: Iterable[str]) 
             table = _steps if op == "end_to_end" else _table
             lines += ["", f"### {op}", "", *table(list(rows))]
         lines += _excluded(run)
-    names = list(charts)
-    if names:
-        lines += ["", "## Charts", ""] + [f"![{name}]({name})" for name in names]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, report
+from bench import charts, gpu, report
 from bench.clocks import CpuClock
 from bench.device import child, sections
 from bench.device.checks import CHECKS
@@ -41,7 +41,7 @@ def _run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_quick_bench_writes_its_report(tmp_path: Path) -> None:
+def test_quick_bench_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = [
         "bench",
         "--quick",
@@ -67,7 +67,9 @@ def test_quick_bench_writes_its_report(tmp_path: Path) -> None:
         assert all(row["status"] == "ok" and row["median_ms"] > 0 for row in ours)
     report = (tmp_path / "report.md").read_text()
     assert "| **lora_ops**" in report
-    assert (tmp_path / "nf4_linear_time.png").stat().st_size > 1000
+    monkeypatch.setattr(charts, "ROOT", tmp_path)
+    assert charts.main([str(tmp_path)]) == 0
+    assert (tmp_path / "build" / "charts" / tmp_path.name / "nf4_linear_time.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(
@@ -207,23 +209,22 @@ def test_a_dry_run_may_take_its_time() -> None:
     assert (asked.budget, asked.silence) == (7.0, 5.0)
 
 
-def test_a_report_that_cannot_be_drawn_costs_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(*args: object) -> list[str]:
-        raise RuntimeError("no font")
+def test_a_report_that_cannot_be_written_costs_no_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*args: object) -> str:
+        raise RuntimeError("no words")
 
     def here(args: Namespace, left: list[str], path: Path, deadline: float, told: Callable[[], None]) -> str:
         told()  # as after each section
         child.run_sections(left, path, deadline=deadline, dry=True)
         return ""
 
-    monkeypatch.setattr(report, "write_charts", broken)
+    monkeypatch.setattr(report, "markdown", broken)
     monkeypatch.setattr(gpu, "_run_child", here)
     assert gpu.main(["--dry-run", "--sections", "ceilings,unchecked", "--output", str(tmp_path)]) == 1
     (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [failure["section"] for failure in run["failures"]] == ["report"]
-    assert "no font" in run["failures"][0]["reason"]
+    assert "no words" in run["failures"][0]["reason"]
     assert run["ceilings"]
-    assert "ceilings: copy" in (tmp_path / "report.md").read_text()
 
 
 def test_a_process_that_cannot_start_ends_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, report
+from bench import gpu
 from bench import measure as measuring
 from bench.clocks import CpuClock
 from bench.device import child, sections, tune
@@ -198,8 +198,7 @@ def test_the_command_writes_what_it_measured(
     def here(args: Any, left: list[str], path: Path, deadline: float, told: Any) -> str:
         return "" if child.run_sections(left, path, deadline=deadline, dry=args.dry_run) == 0 else "failed"
 
-    monkeypatch.setattr(gpu, "_run_child", here)  # without a process of its own, charts, or long collections
-    monkeypatch.setattr(report, "write_charts", lambda *args: [])
+    monkeypatch.setattr(gpu, "_run_child", here)  # without a process of its own, or long collections
     monkeypatch.setattr(measuring, "gc", SimpleNamespace(collect=lambda: 0))
     assert gpu.main(["--dry-run", "--tune", "--output", str(tmp_path)]) == 0
     (entry,) = json.loads((tmp_path / "crossovers.json").read_text()).values()

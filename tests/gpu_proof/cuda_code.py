@@ -165,7 +165,7 @@ def check(kernel: Kernel, chip: Chip, source: Path = SOURCE) -> tuple[str, tuple
     if kernel.tiles and not 0 < per_weight <= kernel.most_instructions:
         wrong.append(f"{per_weight:.2f} instructions a weight, at most {kernel.most_instructions}")
     parts = [f"{body.code.registers} r", *(["64 K", "HMMA", f"{per_weight:.2f} i/w"] if kernel.tiles else [])]
-    return ", ".join(parts), tuple(wrong)
+    return ", ".join([*parts, f"nvcc {nvcc_version()}"]), tuple(wrong)
 
 
 def triton_loops(chip: Chip) -> Iterator[tuple[str, float]]:

@@ -1,14 +1,15 @@
 """The compile gate: every shipped (kernel, config) is compiled for every chip, and its machine code is read.
 
-    python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.md and .json
-    python -m tests.gpu_proof.gate nf4_codec    # only the ops named; writes their results to the .json alone
+    python -m tests.gpu_proof.gate              # compile what changed, write bench/compile_gate.json
+    python -m tests.gpu_proof.gate nf4_codec    # only the ops named; adds their results to the others'
     python -m tests.gpu_proof.gate --all        # trust no recorded result
     python -m tests.gpu_proof.gate --check      # leaves bench/ as it is: for another version of Triton
 
 No GPU is needed. The launchers run on meta tensors, so signatures, alignment and options are those that a GPU would
-see. The .json records results by fingerprint (source, signature, options, Triton, these rules): what stands there need
+see. The .json records results by fingerprint (source, signature, options, Triton, rules.py): what stands there need
 not be compiled again, which keeps `make test` short. `--check` has a record of its own in build/ for each version, so
-that an interrupted run goes on. Not to be run with TRITON_INTERPRET=1.
+that an interrupted run goes on. Each run writes build/compile_gate.md, a table to read. Not to be run with
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from tests.gpu_proof import cuda_code, machine_code, registry, rules
 from tests.gpu_proof.machine_code import CHIPS, Chip, compiled
 
 CUDA = cuda_code.SOURCE.name  # in the place of an op: kernels of nvcc and not of Triton
-BENCH = Path(__file__).parents[2] / "bench"
-TABLE, RECORD = BENCH / "compile_gate.md", BENCH / "compile_gate.json"
-CHECKED = BENCH.parent / "build" / f"compile_gate-{triton.__version__}.json"  # of --check
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "bench" / "compile_gate.json"
+CHECKED = ROOT / "build" / f"compile_gate-{triton.__version__}.json"  # of --check
+TABLE = ROOT / "build" / "compile_gate.md"
 WORKERS = 2
 
 
@@ -111,11 +113,19 @@ def recorded(path: Path = RECORD) -> dict[str, Result]:
     """Results by key, as committed."""
     if not path.exists():
         return {}
-    return {key: Result(summary, tuple(wrong)) for key, (summary, *wrong) in json.loads(path.read_text()).items()}
+    held = json.loads(path.read_text())
+    held.pop("triton", None)
+    return {key: Result(summary, tuple(wrong)) for key, (summary, *wrong) in held.items()}
+
+
+def is_of_this_triton(path: Path = RECORD) -> bool:
+    """Whether the record was written with the Triton that is installed."""
+    return path.exists() and json.loads(path.read_text()).get("triton") == triton.__version__
 
 
 def record(results: dict[str, Result], path: Path = RECORD) -> None:
-    lines = [f"{json.dumps(key)}: {json.dumps([r.summary, *r.wrong])}" for key, r in sorted(results.items())]
+    lines = [f'"triton": {json.dumps(triton.__version__)}']
+    lines += [f"{json.dumps(key)}: {json.dumps([r.summary, *r.wrong])}" for key, r in sorted(results.items())]
     path.parent.mkdir(exist_ok=True)
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -149,7 +159,6 @@ def failures(todo: Sequence[Task], results: dict[str, Result]) -> list[str]:
 
 def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
     """Markdown: a line for each shipped launch, a column for each chip."""
-    compilers = f"Triton {triton.__version__} and nvcc {cuda_code.nvcc_version() or '(missing: from the record)'}"
     cells: dict[str, dict[str, Result]] = {}
     for t in todo:
         cells.setdefault(t.id, {})[t.chip] = results[t.key]
@@ -157,7 +166,7 @@ def table(todo: Sequence[Task], results: dict[str, Result]) -> str:
     lines = [
         "# Compile gate",
         "",
-        f"Written by `python -m tests.gpu_proof.gate` with {compilers}: {len(cells)} launches on "
+        f"Written by `python -m tests.gpu_proof.gate` with Triton {triton.__version__}: {len(cells)} launches on "
         f"{len(names)} chips, {len({t.key for t in todo})} different kernels, {len(failures(todo, results))} failures.",
         "",
         "Each cell: registers a thread, shared memory, matrix instruction. Checked: no spills, no stack, shared "
@@ -188,12 +197,13 @@ def main(argv: Sequence[str]) -> int:
         todo += cuda_tasks() if not names or "nf4_linear" in names else []
         results = run(todo, {} if "--all" in argv else recorded(), save=RECORD)
         record({**recorded(), **results} if names else results)
-        if not names:
-            TABLE.write_text(table(todo, results))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(todo, results))
     bad = failures(todo, results)
     print("\n".join(bad), file=sys.stderr)
     print(
-        f"{len(todo) - len(bad)} of {len(todo)} green ({len(results)} different kernels), Triton {triton.__version__}"
+        f"{len(todo) - len(bad)} of {len(todo)} green ({len(results)} different kernels), Triton {triton.__version__}; "
+        f"wrote {TABLE.relative_to(ROOT)}"
     )
     return bool(bad)
 

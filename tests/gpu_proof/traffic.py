@@ -1,6 +1,6 @@
 """What lora_linear moves and saves, counted: bytes of each kernel in the interpreter, passes against the peers'.
 
-    TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes bench/traffic.md, in ten minutes
+    TRITON_INTERPRET=1 python -m tests.gpu_proof.traffic     # writes build/traffic.md, in ten minutes
 
 A pass reads or writes one activation [M, K] once. The peers' are counted on the CPU, operator by operator as eager
 torch runs them: what each reads and writes of an activation's size, less what the frozen layer itself needs.
@@ -35,7 +35,7 @@ from lora_ops.kernels.lora_linear.triton_skinny import (
 from tests.cases import LinearCase
 from tests.gpu_proof.interpreter import KernelTraffic, count_traffic, install
 
-TABLE = Path(__file__).parents[2] / "bench" / "traffic.md"
+TABLE = Path(__file__).parents[2] / "build" / "traffic.md"
 M, WIDTH = 8192, 4096
 
 
@@ -237,5 +237,6 @@ def markdown() -> str:
 
 if __name__ == "__main__":
     install()
+    TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(markdown())
     print(f"wrote {TABLE}")
