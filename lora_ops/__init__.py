@@ -3,7 +3,8 @@
 from lora_ops import functional, nn, optim
 from lora_ops.injection import eject, inject, injection_report, merge, quantize
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.runtime.dispatch import BackendError, Trace, trace, use_backend
+from lora_ops.runtime.backends import BackendError, use_backend
+from lora_ops.runtime.trace import Trace, trace
 from lora_ops.version import __version__
 
 __all__ = [

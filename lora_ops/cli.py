@@ -10,7 +10,7 @@ import platform
 import torch
 
 from lora_ops.runtime import crossovers, machine, native
-from lora_ops.runtime.dispatch import BACKENDS, current_backend
+from lora_ops.runtime.backends import BACKENDS, current_backend
 from lora_ops.version import __version__
 
 # What the absence of a backend means to somebody on such a device.

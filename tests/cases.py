@@ -22,7 +22,7 @@ from lora_ops.functional import lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
-from lora_ops.runtime.dispatch import use_backend
+from lora_ops.runtime.backends import use_backend
 from tests.tolerance import Error, Truth, assert_within, compare
 
 Results = Mapping[str, Tensor]

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
-from lora_ops.runtime import dispatch, native
+from lora_ops.runtime import backends, dispatch, native
+from lora_ops.runtime.plain_call import is_plain_call
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_unknown_backend() -> None:
 
 
 def test_environment_variable(q: lora_ops.NF4Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    forget = dispatch._backend_of_environment.cache_clear
+    forget = backends._backend_of_environment.cache_clear
     monkeypatch.setenv("LORA_OPS_BACKEND", "reference")
     forget()
     with lora_ops.trace() as t:
@@ -121,7 +122,7 @@ class Watching(TorchDispatchMode):
 def test_plain_calls() -> None:
     """Only a call that nothing could see may go around the dispatcher."""
     x, bias = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(4))
-    plain = dispatch.is_plain_call
+    plain = is_plain_call
     assert plain(x, None)
     assert not plain(x, bias)
     for off in (torch.no_grad, torch.inference_mode):
@@ -204,7 +205,7 @@ def test_triton_declines_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.empty(64, 64, device="cuda:0")
     for capability, reason in (((7, 5), "triton kernels need compute capability 8.0"), ((8, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert codec.declines("quantize_nf4", x, 64) == reason
-        assert codec.declines("dequantize_nf4", x, torch.bfloat16) == reason
-        assert blockwise8.declines("quantize_blockwise8", x, 64, True) == reason
-        assert linear.declines("nf4_linear", x) == reason
+        assert codec.declines("quantize_nf4", x, w=x, block_size=64) == reason
+        assert codec.declines("dequantize_nf4", x, q=x, dtype=torch.bfloat16) == reason
+        assert blockwise8.declines("quantize_blockwise8", x, x=x, block_size=64, signed=True) == reason
+        assert linear.declines("nf4_linear", x, x=x, q=None, bias=None) == reason

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import lora_ops.kernels
 import lora_ops.quant
-from lora_ops.runtime.dispatch import BACKENDS, Op
+from lora_ops.runtime.backends import BACKENDS
+from lora_ops.runtime.dispatch import Op
 
 
 def registered_ops() -> Iterator[Op]:

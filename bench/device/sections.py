@@ -27,8 +27,9 @@ from bench.peers import notes
 from bench.plan import Effort, Plan
 from bench.suites import GPU_SUITES, SUITES
 from lora_ops import BackendError, use_backend
+from lora_ops.runtime.backends import BACKENDS
 from lora_ops.runtime.crossovers import force
-from lora_ops.runtime.dispatch import BACKENDS, OPS, Op
+from lora_ops.runtime.dispatch import OPS, Op
 
 PLAN = Plan(
     device="cuda",

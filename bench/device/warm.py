@@ -22,7 +22,7 @@ from bench.device.context import Context
 from bench.environment import ROOT
 from lora_ops import use_backend
 from lora_ops.runtime import cuda
-from lora_ops.runtime.dispatch import BACKENDS
+from lora_ops.runtime.backends import BACKENDS
 
 WORKERS = 8
 POLL_S = 2.0

@@ -33,11 +33,9 @@ def adamw_(
     native.adamw(slices, constants, dynamic_map(True), dynamic_map(False), seed)
 
 
-def declines(op: str, params: Sequence[Tensor], *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if params[0].device.type != "cpu":
-        return f"native kernels run on cpu, not on {params[0].device.type}"
-    return native.unavailable_reason()
+    return native.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"adamw_": adamw_}

@@ -27,7 +27,10 @@ def _(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     absmaxes: list[Tensor], constants: Tensor, index: Tensor, seed: int | None,
 ) -> None:  # fmt: skip
-    _adamw.run(params[0], params, grads, exp_avgs, exp_avg_sqs, absmaxes, constants, index, seed)
+    _adamw.run(
+        params[0], params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, absmaxes=absmaxes,
+        constants=constants, index=index, seed=seed,
+    )  # fmt: skip
 
 
 @_adamw.fake

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
-from lora_ops.runtime.dispatch import current_backend, tracing
+from lora_ops.runtime.backends import current_backend
+from lora_ops.runtime.trace import tracing
 
 _FIELDS = 13  # of lora_ops_adamw_slice, 64 bits each
 _GRAD, _STATES, _ROW, _STEP = 1, slice(2, 6), 9, 11

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
 from lora_ops.runtime.checks import (
     FLOAT_DTYPES,
@@ -18,7 +19,8 @@ from lora_ops.runtime.checks import (
     check_same_device,
     check_shape,
 )
-from lora_ops.runtime.dispatch import Op, is_plain_call
+from lora_ops.runtime.dispatch import Op
+from lora_ops.runtime.plain_call import is_plain_call
 
 # The adapter's, by x's.
 _ADAPTER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
@@ -52,8 +54,8 @@ def _(
     seed: Tensor | None,
     *weight: Any,
 ) -> tuple[Tensor, Tensor]:
-    w = from_operands(x.dtype, *weight)
-    return _fwd.run(x, x, w, lora_a, lora_b, scale, bias, dropout_p, seed)
+    adapter = Adapter(lora_a, lora_b, scale, dropout_p, seed)
+    return _fwd.run(x, x=x, weight=from_operands(x.dtype, *weight), adapter=adapter, bias=bias)
 
 
 @_fwd.fake
@@ -88,8 +90,9 @@ def _(
     needs: list[bool],
     *weight: Any,
 ) -> tuple[Tensor, ...]:
+    adapter = Adapter(lora_a, lora_b, scale, dropout_p, seed)
     w = from_operands(dy.dtype, *weight)
-    grads = _bwd.run(dy, dy, x, s, w, lora_a, lora_b, scale, dropout_p, seed, tuple(needs))
+    grads = _bwd.run(dy, dy=dy, x=x, s=s, weight=w, adapter=adapter, needs=Needs(*needs))
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -219,7 +222,8 @@ def lora_linear(
     seed = _seed_tensor(seed, dropout_p, x.device)
     if plain:
         scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)
-        y, _ = _fwd.run(x, x, weight, lora_a, lora_b, scale, bias, dropout_p, seed)
+        adapter = Adapter(lora_a, lora_b, scale, dropout_p, seed)
+        y, _ = _fwd.run(x, x=x, weight=weight, adapter=adapter, bias=bias)
     else:
         y, _ = torch.ops.lora_ops.lora_linear(
             x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, seed, *operands(weight)

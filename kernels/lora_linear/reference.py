@@ -19,14 +19,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec.reference import dequantize_nf4
 from lora_ops.quant.nf4_linear.reference import accumulate_dtype, as_matrix, row_chunks
 from lora_ops.runtime.dispatch import as_output
-
-Needs = tuple[bool, bool, bool, bool]  # dX, dA, dB, db
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,96 +33,67 @@ def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
     return w.to(accumulate_dtype(dtype))
 
 
-def drop(x: Tensor, rows: slice, p: float, seed: Tensor | None) -> Tensor:
+def drop(x: Tensor, rows: slice, adapter: Adapter) -> Tensor:
     """D ∘ x for the given rows of the whole tensor."""
-    if seed is None:
+    if adapter.seed is None:
         return x
-    return torch.where(dropout_mask(rows, x.shape[1], p, seed), x * keep_scale(p), 0.0)
+    mask = dropout_mask(rows, x.shape[1], adapter.dropout_p, adapter.seed)
+    return torch.where(mask, x * keep_scale(adapter.dropout_p), 0.0)
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    *, x: Tensor, weight: Tensor | NF4Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in the accumulator's dtype."""
     acc = accumulate_dtype(x.dtype)
-    (n, k), r = weight.shape, lora_a.shape[0]
-    w, a, b, scale = _dense(weight, x.dtype), lora_a.to(acc), lora_b.to(acc), scale.to(x.device, acc)
+    (n, k), r = weight.shape, adapter.lora_a.shape[0]
+    w, scale = _dense(weight, x.dtype), adapter.scale.to(x.device, acc)
+    lora_a, lora_b = adapter.lora_a.to(acc), adapter.lora_b.to(acc)
     x2 = as_matrix(x)
     y, s = x.new_empty(x2.shape[0], n), x.new_empty(x2.shape[0], r, dtype=acc)
     for rows in row_chunks(x2.shape[0], max(n, k)):
         x_rows = x2[rows].to(acc)
-        s[rows] = drop(x_rows, rows, dropout_p, seed) @ a.T  # [rows, K] @ [K, R] -> [rows, R]
-        y_rows = x_rows @ w.T + scale * (s[rows] @ b.T)  # [rows, K] @ [K, N] + [rows, R] @ [R, N] -> [rows, N]
+        s[rows] = drop(x_rows, rows, adapter) @ lora_a.T  # [rows, K] @ [K, R] -> [rows, R]
+        y_rows = x_rows @ w.T + scale * (s[rows] @ lora_b.T)  # [rows, K] @ [K, N] + [rows, R] @ [R, N] -> [rows, N]
         y[rows] = y_rows if bias is None else y_rows + bias.to(acc)
     return as_output(y, (*x.shape[:-1], n)), as_output(s, (*x.shape[:-1], r))
 
 
 def lora_linear_backward(
+    *,
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
     weight: Tensor | NF4Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
+    adapter: Adapter,
     needs: Needs,
 ) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
-    w = _dense(weight, dy.dtype) if needs[0] else dy.new_empty(0)
-
-    def base_dx(rows: slice, dy_rows: Tensor) -> Tensor:
-        return dy_rows @ w  # [rows, N] @ [N, K] -> [rows, K]
-
-    return low_rank_backward(dy, x, s, base_dx, lora_a, lora_b, scale, dropout_p, seed, needs)
-
-
-def low_rank_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    base_dx: Callable[[slice, Tensor], Tensor],
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Needs,
-) -> Grads:
-    """The same, given base_dx(rows, dY[rows]) = (dY W)[rows] in the accumulator's dtype."""
-    needs_x, needs_a, needs_b, needs_bias = needs
     acc = accumulate_dtype(dy.dtype)
+    lora_a, lora_b, scale = adapter.lora_a.to(acc), adapter.lora_b.to(acc), adapter.scale.to(dy.device, acc)
     (r, k), n = lora_a.shape, lora_b.shape[0]
-    a, b, scale = lora_a.to(acc), lora_b.to(acc), scale.to(dy.device, acc)
     dy2 = as_matrix(dy)
     m = dy2.shape[0]
-    dx = dy.new_empty(m, k) if needs_x else None
-    da = torch.zeros(r, k, dtype=acc, device=dy.device) if needs_a else None
-    db = torch.zeros(n, r, dtype=acc, device=dy.device) if needs_b else None
-    dbias = torch.zeros(n, dtype=acc, device=dy.device) if needs_bias else None
+    w = _dense(weight, dy.dtype) if needs.x else None
+    dx = dy.new_empty(m, k) if needs.x else None
+    dlora_a = torch.zeros(r, k, dtype=acc, device=dy.device) if needs.lora_a else None
+    dlora_b = torch.zeros(n, r, dtype=acc, device=dy.device) if needs.lora_b else None
+    dbias = torch.zeros(n, dtype=acc, device=dy.device) if needs.bias else None
     for rows in row_chunks(m, max(n, k)):
         dy_rows = dy2[rows].to(acc)
-        ds = scale * (dy_rows @ b)  # [rows, N] @ [N, R] -> [rows, R]
-        if dx is not None:
-            dx[rows] = base_dx(rows, dy_rows) + drop(ds @ a, rows, dropout_p, seed)  # [rows, R] @ [R, K] -> [rows, K]
-        if da is not None and x is not None:
-            da += ds.T @ drop(as_matrix(x)[rows].to(acc), rows, dropout_p, seed)  # [R, rows] @ [rows, K] -> [R, K]
-        if db is not None and s is not None:
-            db += scale * (dy_rows.T @ as_matrix(s)[rows])  # [N, rows] @ [rows, R] -> [N, R]
+        ds = scale * (dy_rows @ lora_b)  # [rows, N] @ [N, R] -> [rows, R]
+        if dx is not None and w is not None:
+            dx[rows] = dy_rows @ w + drop(ds @ lora_a, rows, adapter)  # [rows, N] @ [N, K] + [rows, R] @ [R, K]
+        if dlora_a is not None and x is not None:
+            dlora_a += ds.T @ drop(as_matrix(x)[rows].to(acc), rows, adapter)  # [R, rows] @ [rows, K] -> [R, K]
+        if dlora_b is not None and s is not None:
+            dlora_b += scale * (dy_rows.T @ as_matrix(s)[rows])  # [N, rows] @ [rows, R] -> [N, R]
         if dbias is not None:
             dbias += dy_rows.sum(0)
-    return (
+    return Grads(
         None if dx is None else as_output(dx, (*dy.shape[:-1], k)),
-        None if da is None else da.to(lora_a.dtype),
-        None if db is None else db.to(lora_b.dtype),
+        None if dlora_a is None else dlora_a.to(adapter.lora_a.dtype),
+        None if dlora_b is None else dlora_b.to(adapter.lora_b.dtype),
         None if dbias is None else dbias.to(dy.dtype),
     )
 

@@ -15,9 +15,11 @@ from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection.dense import ModelBytes, model_bytes
 from lora_ops.injection.gathered import as_gathered, under_fsdp2
 from lora_ops.injection.reads import weight_reads
+from lora_ops.kernels.lora_linear.operands import Adapter
 from lora_ops.nn import LoRALinear, NF4Linear, weight_of
+from lora_ops.runtime.backends import BackendError
 from lora_ops.runtime.checks import dtype_name
-from lora_ops.runtime.dispatch import OPS, BackendError
+from lora_ops.runtime.dispatch import OPS
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,9 @@ def _backend(base: Any, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[b
     x = torch.empty(1, weight.shape[1], dtype=dtype, device=device)
     bias = None if base.bias is None else base.bias.to(dtype)
     try:
-        if lora_a is None:
-            return True, *OPS["nf4_linear"].choose(device, (x, weight, bias))
-        scale = torch.ones((), dtype=torch.float64)
-        return True, *OPS["lora_linear"].choose(device, (x, weight, lora_a, lora_b, scale, bias, 0.0, None))
+        if lora_a is None or lora_b is None:
+            return True, *OPS["nf4_linear"].choose(x, x=x, q=weight, bias=bias)
+        adapter = Adapter(lora_a, lora_b, torch.ones((), dtype=torch.float64))
+        return True, *OPS["lora_linear"].choose(x, x=x, weight=weight, adapter=adapter, bias=bias)
     except BackendError as error:
         return False, "", str(error)

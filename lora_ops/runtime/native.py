@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ops.runtime.checks import dtype_name
+
 ABI_VERSION = 3
 LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops.so"
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
@@ -197,6 +199,13 @@ def library() -> ctypes.CDLL:
     if isinstance(lib, NativeError):
         raise lib
     return lib
+
+
+def declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native kernels cannot take activations of this device and dtype, or None; for an op's `declines`."""
+    if device.type != "cpu":
+        return f"native kernels run on cpu, not on {device.type}"
+    return None if dtype in _DTYPES else f"native kernels have no {dtype_name(dtype)}"
 
 
 @functools.cache

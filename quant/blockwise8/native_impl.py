@@ -29,11 +29,9 @@ def dequantize_blockwise8(codes: Tensor, absmax: Tensor, block_size: int, signed
     return out
 
 
-def declines(op: str, lead: Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if lead.device.type != "cpu":
-        return f"native kernels run on cpu, not on {lead.device.type}"
-    return native.unavailable_reason()
+    return native.declines(lead.device, torch.float32)
 
 
 IMPLS: dict[str, Callable] = {

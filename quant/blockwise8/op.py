@@ -18,7 +18,7 @@ _dequantize = Op(
 
 @_quantize.kernel
 def _(x: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
-    return _quantize.run(x, x, block_size, signed)
+    return _quantize.run(x, x=x, block_size=block_size, signed=signed)
 
 
 @_quantize.fake
@@ -28,7 +28,7 @@ def _(x: Tensor, block_size: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 @_dequantize.kernel
 def _(codes: Tensor, absmax: Tensor, block_size: int, signed: bool) -> Tensor:
-    return _dequantize.run(codes, codes, absmax, block_size, signed)
+    return _dequantize.run(codes, codes=codes, absmax=absmax, block_size=block_size, signed=signed)
 
 
 @_dequantize.fake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.runtime import native
-from lora_ops.runtime.checks import dtype_name
 
 
 def weight_of(q: NF4Tensor) -> native.NF4Weight:
@@ -53,28 +51,11 @@ def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
     dequantize_nf4(q, out.dtype, out)
 
 
-def decode_rows(q: NF4Tensor, begin_row: int, end_row: int, out: Tensor) -> Tensor:
-    """Rows [begin_row, end_row) of q -> the contiguous out [end_row - begin_row, K], in out's dtype."""
-    k = math.prod(q.shape[1:])
-    native.nf4_dequantize(weight_of(q), begin_row * k, end_row * k, out)
-    return out
-
-
-def declines(op: str, *args: Any) -> str | None:
+def declines(
+    op: str, lead: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None, **operands: Any
+) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if op == "quantize_nf4":
-        return declines_dtype(args[0], args[0].dtype)
-    q, target = args
-    return declines_dtype(q.packed, target if isinstance(target, torch.dtype) else target.dtype)
-
-
-def declines_dtype(lead: Tensor, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve values of `dtype` on `lead`'s device, or None."""
-    if not lead.is_cpu:
-        return f"native kernels run on cpu, not on {lead.device.type}"
-    if dtype not in native.FLOAT_DTYPES:
-        return f"native NF4 kernels have no {dtype_name(dtype)}"
-    return native.unavailable_reason()
+    return native.declines(lead.device, dtype or (lead if out is None else out).dtype)
 
 
 IMPLS: dict[str, Callable] = {

@@ -30,7 +30,7 @@ _dequantize_out = Op(f"dequantize_nf4_out({OPERANDS_SCHEMA}, Tensor(a!) out) -> 
 
 @_quantize.kernel
 def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return _quantize.run(w, w, block_size)
+    return _quantize.run(w, w=w, block_size=block_size)
 
 
 @_quantize.fake
@@ -43,7 +43,7 @@ def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 @_dequantize.kernel
 def _(*args: Any) -> Tensor:
     *parts, dtype = args
-    return _dequantize.run(args[0], from_operands(dtype, *parts), dtype)
+    return _dequantize.run(args[0], q=from_operands(dtype, *parts), dtype=dtype)
 
 
 @_dequantize.fake
@@ -62,7 +62,7 @@ def _(
 @_dequantize_out.kernel
 def _(*args: Any) -> None:
     *parts, out = args
-    _dequantize_out.run(args[0], from_operands(out.dtype, *parts), out)
+    _dequantize_out.run(args[0], q=from_operands(out.dtype, *parts), out=out)
 
 
 @_dequantize_out.fake

@@ -34,7 +34,7 @@ def weight_of(q: NF4Tensor) -> cuda.NF4Weight:
     return cuda.NF4Weight(q.packed.data_ptr(), None, *(t.data_ptr() for t in scales), q.block_size)
 
 
-def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     x2 = as_matrix(x)
     if x2.stride(1) != 1 or (x2.stride(0) % 8 and x2.shape[1] % 8 == 0):
@@ -50,7 +50,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     return as_output(y, (*x.shape[:-1], q.shape[0]))
 
 
-def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if lead.device.type != "cuda" or torch.version.hip is not None:
         return (

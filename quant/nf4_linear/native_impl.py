@@ -22,7 +22,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and (x.shape[0] < 2 or x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
-def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     x2 = _rows(x)
     if x.dim() == 2:
@@ -34,7 +34,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
+def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     dy2 = _rows(dy)
     dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
@@ -42,9 +42,9 @@ def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
     return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], q.shape[1]))
 
 
-def declines(op: str, lead: Tensor, q: NF4Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    return codec.declines_dtype(q.packed, lead.dtype)
+    return native.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}

@@ -16,7 +16,8 @@ from lora_ops.runtime.checks import (
     check_same_device,
     check_shape,
 )
-from lora_ops.runtime.dispatch import Op, is_plain_call
+from lora_ops.runtime.dispatch import Op
+from lora_ops.runtime.plain_call import is_plain_call
 
 _fwd = Op(f"nf4_linear(Tensor x, Tensor? bias, {OPERANDS_SCHEMA}) -> Tensor", __package__)
 _dx = Op(f"nf4_linear_dx(Tensor dy, {OPERANDS_SCHEMA}) -> Tensor", __package__)
@@ -24,7 +25,7 @@ _dx = Op(f"nf4_linear_dx(Tensor dy, {OPERANDS_SCHEMA}) -> Tensor", __package__)
 
 @_fwd.kernel
 def _(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-    return _fwd.run(x, x, from_operands(x.dtype, *weight), bias)
+    return _fwd.run(x, x=x, q=from_operands(x.dtype, *weight), bias=bias)
 
 
 @_fwd.fake
@@ -42,7 +43,7 @@ def _(dtype: torch.dtype, x: Tensor, bias: Tensor | None, *weight: Any) -> Tenso
 
 @_dx.kernel
 def _(dy: Tensor, *weight: Any) -> Tensor:
-    return _dx.run(dy, dy, from_operands(dy.dtype, *weight))
+    return _dx.run(dy, dy=dy, q=from_operands(dy.dtype, *weight))
 
 
 @_dx.fake
@@ -102,5 +103,5 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         check_shape("bias", bias, N=n)
     check_same_device(x=x, q=q.packed, bias=bias)
     if is_plain_call(x, q.packed, bias):
-        return _fwd.run(x, x, q, bias)
+        return _fwd.run(x, x=x, q=q, bias=bias)
     return torch.ops.lora_ops.nf4_linear(x, bias, *operands(q))

@@ -31,7 +31,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     acc = accumulate_dtype(x.dtype)
     n, k = q.shape
@@ -44,7 +44,7 @@ def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     return as_output(y, (*x.shape[:-1], n))
 
 
-def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
+def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     acc = accumulate_dtype(dy.dtype)
     n, k = q.shape

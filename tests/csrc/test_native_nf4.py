@@ -277,13 +277,13 @@ def test_threads_do_not_change_bytes(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("k", [64, 96, 65])
-def test_decode_rows(isa: str, k: int) -> None:
+def test_decode_a_part(isa: str, k: int) -> None:
     w = torch.randn(50, k)
     packed, absmax = native_impl.quantize_nf4(w, 64)
     q = NF4Tensor(packed, absmax, (50, k), torch.float32, 64)
-    everything = native_impl.dequantize_nf4(q, torch.bfloat16, None)
+    everything = native_impl.dequantize_nf4(q, torch.bfloat16)
     panel = torch.full((7, k), torch.nan, dtype=torch.bfloat16)
-    assert native_impl.decode_rows(q, 13, 20, panel) is panel
+    native.nf4_dequantize(native_impl.weight_of(q), 13 * k, 20 * k, panel)
     assert_same_bytes(panel, everything[13:20])
 
 
@@ -384,10 +384,11 @@ def test_dequantize_transposed_of_large_weights(
 
 def test_native_declines_float64_and_other_devices() -> None:
     q = NF4Tensor(torch.zeros(32, 1, dtype=torch.uint8), torch.ones(1), (64,), torch.float64, 64)
-    assert "float64" in (native_impl.declines("dequantize_nf4", q, torch.float64) or "")
-    assert "float64" in (native_impl.declines("quantize_nf4", torch.zeros(64, dtype=torch.float64), 64) or "")
-    assert "meta" in (native_impl.declines("quantize_nf4", torch.zeros(64, device="meta"), 64) or "")
-    assert native_impl.declines("dequantize_nf4", q, torch.float32) is None
+    assert "float64" in (native_impl.declines("dequantize_nf4", q.packed, q=q, dtype=torch.float64) or "")
+    assert "float64" in (native_impl.declines("dequantize_nf4_out", q.packed, q=q, out=torch.empty(64).double()) or "")
+    assert "float64" in (native_impl.declines("quantize_nf4", torch.zeros(64, dtype=torch.float64)) or "")
+    assert "meta" in (native_impl.declines("quantize_nf4", torch.zeros(64, device="meta")) or "")
+    assert native_impl.declines("dequantize_nf4", q.packed, q=q, dtype=torch.float32) is None
 
 
 def test_bad_arguments_are_refused() -> None:

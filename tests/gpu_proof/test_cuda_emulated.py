@@ -26,7 +26,7 @@ import lora_ops
 from lora_ops.functional import nf4_linear, quantize_nf4
 from lora_ops.quant.nf4 import NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_linear import cuda_impl
-from lora_ops.runtime import cuda, dispatch
+from lora_ops.runtime import backends, cuda, dispatch
 from tests.cases import LinearCase, errors
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +224,7 @@ def test_outputs_are_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "nf4_linear", lambda weight, x, bias, y: y.zero_())
     x, q, _ = operands(LinearCase(m=6, n=20, k=128, dtype=torch.bfloat16))
     for shape in ((6, 128), (2, 3, 128), (1, 2, 3, 128)):
-        y = cuda_impl.nf4_linear(x.view(shape), q, None)
+        y = cuda_impl.nf4_linear(x=x.view(shape), q=q, bias=None)
         assert y.shape == (*shape[:-1], 20)
         assert not y._is_view()
 
@@ -429,13 +429,13 @@ def on_cuda(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """The backend "cuda" with the emulated library, and CPU tensors taken for those of a GPU."""
     monkeypatch.setattr(cuda, "library", lambda: emulated.lib)
     monkeypatch.setitem(
-        dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], device_types=(), unavailable=lambda: None)
+        backends.BACKENDS, "cuda", replace(backends.BACKENDS["cuda"], device_types=(), unavailable=lambda: None)
     )
     monkeypatch.setattr(dispatch.OPS["nf4_linear"], "_candidates", {})
     declines = cuda_impl.declines
 
-    def for_cpu(op: str, lead: Tensor, *args: object) -> str | None:
-        reason = declines(op, lead, *args)
+    def for_cpu(op: str, lead: Tensor, **operands: object) -> str | None:
+        reason = declines(op, lead, **operands)
         return None if reason and "run on NVIDIA GPUs" in reason else reason
 
     monkeypatch.setattr(cuda_impl, "declines", for_cpu)

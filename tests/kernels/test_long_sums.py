@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lora_ops.runtime import native
-from lora_ops.runtime.dispatch import use_backend
+from lora_ops.runtime.backends import use_backend
 from tests.cases import LinearCase, errors, run_ours
 from tests.tolerance import RATIO
 
@@ -24,10 +24,10 @@ PLACES = ["reference", *(native.supported_isas() if native.available() else ())]
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> Iterator[str]:
     """The reference, and the native kernels on each instruction set of this machine."""
-    native = request.param != "reference"
+    on_native = request.param != "reference"
     with (
-        native.force_isa(request.param) if native else nullcontext(),
-        use_backend("native" if native else "reference"),
+        native.force_isa(request.param) if on_native else nullcontext(),
+        use_backend("native" if on_native else "reference"),
     ):
         yield request.param
 
