@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import threshold
+from lora_ops.quant import nf4_native
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_codec import native_impl as codec
 from lora_ops.quant.nf4_linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
@@ -30,19 +31,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native.Adapter:
+def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.AdapterView:
     """The C view of an adapter whose matrices are made contiguous, in lora_a and lora_b, which must outlive it."""
     if adapter.seed is None:
-        return native.adapter(lora_a, lora_b, float(adapter.scale))
-    return native.adapter(lora_a, lora_b, float(adapter.scale), threshold(adapter.dropout_p), int(adapter.seed))
+        return native_abi.adapter_view(lora_a, lora_b, float(adapter.scale))
+    return native_abi.adapter_view(
+        lora_a, lora_b, float(adapter.scale), threshold(adapter.dropout_p), int(adapter.seed)
+    )
 
 
-def _weight(weight: Tensor | NF4Tensor) -> native.Weight | None:
+def _weight(weight: Tensor | NF4Tensor) -> nf4_native.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
-        return codec.weight_of(weight).operand
-    if weight.stride(1) == 1 and native.takes_dense(weight.dtype):
-        return native.dense_weight(weight)
+        return nf4_native.weight_of(weight).operand
+    if weight.stride(1) == 1 and native_abi.takes_dense(weight.dtype):
+        return native_abi.dense_view(weight)
     return None
 
 
@@ -56,7 +59,7 @@ def lora_linear(
     # [M, K] @ [K, N] -> [M, N]
     y = x2.new_empty(x2.shape[0], n) if w else linear(x2, cast(Tensor, weight), bias)
     s = torch.empty(*x.shape[:-1], r, dtype=torch.float32)
-    native.lora_forward(_view(adapter, lora_a, lora_b), x2, s, y, w, bias)
+    native_abi.forward(_view(adapter, lora_a, lora_b), x2, s, y, w, bias)
     return y if x.dim() == 2 else as_output(y, (*x.shape[:-1], n)), s
 
 
@@ -83,7 +86,7 @@ def lora_linear_backward(
         torch.empty_like(lora_b) if needs.lora_b else None,
         dy.new_empty(n) if needs.bias else None,
     )
-    native.lora_backward(
+    native_abi.backward(
         _view(adapter, lora_a, lora_b),
         dy2,
         _rows(x) if needs.lora_a and x is not None else None,

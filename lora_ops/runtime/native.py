@@ -1,6 +1,5 @@
-"""Loads the native library (csrc/) and calls its C ABI; see csrc/include/lora_ops.h.
+"""Loads the native library (csrc/), whose functions are declared beside their ops; see csrc/include/lora_ops.h.
 
-Wrappers take contiguous CPU tensors that the public functions have checked, and turn status codes into errors.
 ctypes releases the GIL while the library runs. The environment variable LORA_OPS_ISA forces an instruction set.
 """
 
@@ -12,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +30,6 @@ _ISA_AUTO = -1
 _NONFINITE, _IO = 2, 5
 _DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOAT_DTYPES = tuple(_DTYPES)
-
-
-class NF4Weight(Structure):
-    """`lora_ops_nf4_weight`: pointers into tensors, which the caller keeps alive."""
-
-    _fields_ = (
-        ("packed", c_void_p),
-        ("absmax", c_void_p),
-        ("absmax_codes", c_void_p),
-        ("absmax_map", c_void_p),
-        ("nested_absmax", c_void_p),
-        ("nested_offset", c_float),
-        ("block_size", c_int64),
-    )
-
-    @functools.cached_property
-    def operand(self) -> Weight:
-        """It as `lora_forward` and `lora_backward` take it."""
-        return Weight(None, 0, self)
-
-
-class Weight(Structure):
-    """`lora_ops_weight`: a pointer into a tensor, which the caller keeps alive, or an NF4 weight."""
-
-    _fields_ = (("dense", c_void_p), ("stride", c_int64), ("nf4", NF4Weight))
-
-
-class Adapter(Structure):
-    """`lora_ops_adapter`: pointers into tensors, which the caller keeps alive."""
-
-    _fields_ = (
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("a_dtype", c_int),
-        ("b_dtype", c_int),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("r", c_int64),
-        ("scale", c_float),
-        ("threshold", c_uint32),
-        ("seed", c_uint64),
-        ("offset", c_uint32),
-    )
 
 
 class PageTable(Structure):
@@ -109,28 +65,10 @@ class PageReport(Structure):
     )
 
 
-_NF4_LINEAR_SHAPE = (c_int64, c_int64, c_void_p, c_int64, c_int64)  # n, k, x, m, stride_x
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_get_isa": (),
     "lora_ops_supports_isa": (c_int,),
     "lora_ops_force_isa": (c_int,),
-    "lora_ops_nf4_quantize": (c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
-    "lora_ops_nf4_quantize_transposed": (c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
-    "lora_ops_nf4_dequantize": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
-    "lora_ops_nf4_dequantize_transposed": (POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int),
-    "lora_ops_nf4_linear": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_void_p, c_int64, c_int, c_int),
-    "lora_ops_nf4_linear_dx": (POINTER(NF4Weight), *_NF4_LINEAR_SHAPE, c_void_p, c_int64, c_int, c_int),
-    "lora_ops_blockwise8_quantize": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
-    "lora_ops_blockwise8_dequantize": (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int),
-    "lora_ops_takes_dense": (c_int,),
-    "lora_ops_lora_forward": (
-        *(POINTER(Adapter), POINTER(Weight), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
-        *(c_int, c_int),
-    ),
-    "lora_ops_lora_backward": (
-        *(POINTER(Adapter), POINTER(Weight), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
-        *(c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int),
-    ),
     "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
     "lora_ops_adamw_pages": (
         POINTER(PageTable),
@@ -145,7 +83,6 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         POINTER(PageReport),
     ),
     "lora_ops_checksum": (c_void_p, c_int64, POINTER(c_uint64)),
-    "lora_ops_dropout_mask": (c_uint64, c_uint32, c_uint32, c_int64, c_int64, c_int64, c_void_p),
 }
 
 
@@ -165,7 +102,6 @@ def _open(path: Path) -> ctypes.CDLL:
             function = getattr(lib, name)
             function.argtypes = argtypes
             function.restype = c_int
-        lib.lora_ops_nf4_code.restype = POINTER(c_float * 16)
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path.name} cannot be loaded ({error}): {BUILD_HINT}") from error
     if forced := os.environ.get("LORA_OPS_ISA"):
@@ -243,9 +179,31 @@ def force_isa(name: str) -> Iterator[None]:
         lib.lora_ops_force_isa(ISAS[before])
 
 
-def nf4_code() -> tuple[float, ...]:
-    """The NF4 code book as it stands in C++."""
-    return tuple(library().lora_ops_nf4_code().contents)
+class Function:
+    """A function of the library that answers a status, declared beside the op that calls it.
+
+    Args:
+        name: without the prefix lora_ops_.
+        argtypes: its signature.
+        argument: the caller's name of the tensor that must be finite.
+    """
+
+    def __init__(self, name: str, *argtypes: type, argument: str = "x") -> None:
+        self.name, self.argtypes, self.argument = name, argtypes, argument
+        self._function: Any = None
+
+    def ask(self, *args: Any) -> int:
+        """Call it; its answer, whatever it means."""
+        if self._function is None:
+            function = getattr(library(), f"lora_ops_{self.name}")
+            function.argtypes, function.restype = self.argtypes, c_int
+            self._function = function
+        return self._function(*args)
+
+    def __call__(self, *args: Any) -> None:
+        """Call it with tensors that the public functions have checked. A status is an error."""
+        if status := self.ask(*args):
+            _check(status, self.name, self.argument)
 
 
 def _check(status: int, function: str, argument: str) -> None:
@@ -253,217 +211,6 @@ def _check(status: int, function: str, argument: str) -> None:
         raise ValueError(f"{argument}: expected finite values, got inf or NaN")
     if status:
         raise NativeError(f"{function}: refused its arguments (status {status})")
-
-
-# A layer's structures are the same in every call, and to make them takes a tenth of a small layer's time.
-_adapter_view = functools.lru_cache(maxsize=1024)(Adapter)
-_nf4_view = functools.lru_cache(maxsize=1024)(NF4Weight)
-
-
-def nf4_weight(packed: Tensor, absmax: Tensor, block_size: int) -> NF4Weight:
-    """The C view of an NF4 weight."""
-    return _nf4_view(packed.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, block_size)
-
-
-def nested_nf4_weight(
-    packed: Tensor, absmax: Tensor, absmax_map: Tensor, nested_absmax: Tensor, nested_offset: float, block_size: int
-) -> NF4Weight:
-    """The C view of a double-quantized NF4 weight: absmax holds uint8 codes into absmax_map."""
-    pointers = (t.data_ptr() for t in (absmax, absmax_map, nested_absmax))
-    return _nf4_view(packed.data_ptr(), None, *pointers, nested_offset, block_size)
-
-
-def nf4_quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
-    """Quantize w [n] into packed uint8 [(n + 1) // 2] and absmax fp32 [ceil(n / block_size)]."""
-    status = library().lora_ops_nf4_quantize(
-        w.data_ptr(),
-        _DTYPES[w.dtype],
-        w.numel(),
-        block_size,
-        packed.data_ptr(),
-        absmax.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _check(status, "nf4_quantize", "w")
-
-
-def nf4_quantize_transposed(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
-    """Quantize a weight [N, K] that lies transposed in memory, w [K, N]."""
-    k, n = w.shape
-    status = library().lora_ops_nf4_quantize_transposed(
-        w.data_ptr(), _DTYPES[w.dtype], n, k, block_size, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
-    )
-    _check(status, "nf4_quantize_transposed", "w")
-
-
-def nf4_dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None:
-    """Decode elements [begin, end) of the flat weight into out [end - begin]."""
-    status = library().lora_ops_nf4_dequantize(
-        byref(weight), begin, end, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
-    )
-    _check(status, "nf4_dequantize", "q")
-
-
-def nf4_dequantize_transposed(weight: NF4Weight, out: Tensor) -> None:
-    """Decode a weight [N, K] into its transpose out [K, N]."""
-    k, n = out.shape
-    status = library().lora_ops_nf4_dequantize_transposed(
-        byref(weight), n, k, out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()
-    )
-    _check(status, "nf4_dequantize_transposed", "q")
-
-
-def nf4_linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y [M, N] = x [M, K] Wᵀ + bias [N]; x and y have unit stride along their last dimension."""
-    status = library().lora_ops_nf4_linear(
-        byref(weight),
-        y.shape[1],
-        x.shape[1],
-        x.data_ptr(),
-        x.shape[0],
-        x.stride(0),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        y.stride(0),
-        _DTYPES[x.dtype],
-        torch.get_num_threads(),
-    )
-    _check(status, "nf4_linear", "x")
-
-
-def nf4_linear_dx(weight: NF4Weight, dy: Tensor, dx: Tensor) -> None:
-    """dx [M, K] = dy [M, N] W; dy and dx have unit stride along their last dimension."""
-    status = library().lora_ops_nf4_linear_dx(
-        byref(weight),
-        dy.shape[1],
-        dx.shape[1],
-        dy.data_ptr(),
-        dy.shape[0],
-        dy.stride(0),
-        dx.data_ptr(),
-        dx.stride(0),
-        _DTYPES[dy.dtype],
-        torch.get_num_threads(),
-    )
-    _check(status, "nf4_linear_dx", "dy")
-
-
-def blockwise8_quantize(x: Tensor, block_size: int, code_map: Tensor, codes: Tensor, absmax: Tensor) -> None:
-    """Quantize x fp32 [n] into codes uint8 [n] and absmax fp32 [ceil(n / block_size)]; code_map fp32 [256] ascends."""
-    status = library().lora_ops_blockwise8_quantize(
-        x.data_ptr(),
-        x.numel(),
-        block_size,
-        code_map.data_ptr(),
-        codes.data_ptr(),
-        absmax.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _check(status, "blockwise8_quantize", "x")
-
-
-def blockwise8_dequantize(codes: Tensor, absmax: Tensor, block_size: int, code_map: Tensor, out: Tensor) -> None:
-    """Decode codes uint8 [n] with absmax fp32 [ceil(n / block_size)] into out fp32 [n]."""
-    status = library().lora_ops_blockwise8_dequantize(
-        codes.data_ptr(),
-        absmax.data_ptr(),
-        codes.numel(),
-        block_size,
-        code_map.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    _check(status, "blockwise8_dequantize", "codes")
-
-
-def adapter(
-    lora_a: Tensor, lora_b: Tensor, scale: float, threshold: int = 0, seed: int = 0, offset: int = 0
-) -> Adapter:
-    """The C view of an adapter: lora_a [R, K] and lora_b [N, R], both contiguous, and its dropout."""
-    (n, r), k = lora_b.shape, lora_a.shape[1]
-    pointers = lora_a.data_ptr(), lora_b.data_ptr(), _DTYPES[lora_a.dtype], _DTYPES[lora_b.dtype]
-    if not threshold:
-        return _adapter_view(*pointers, n, k, r, scale)
-    return Adapter(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
-
-
-def takes_dense(dtype: torch.dtype) -> bool:
-    """Whether `lora_forward` and `lora_backward` take dense weights of this dtype with the instruction set in use."""
-    return bool(library().lora_ops_takes_dense(_DTYPES[dtype]))
-
-
-def dense_weight(weight: Tensor) -> Weight:
-    """The C view of a dense weight [N, K] with unit stride along K."""
-    return Weight(weight.data_ptr(), weight.stride(0), NF4Weight())
-
-
-def lora_forward(
-    low_rank: Adapter, x: Tensor, s: Tensor, y: Tensor, weight: Weight | None = None, bias: Tensor | None = None
-) -> None:
-    """s fp32 [M, R] = drop(x) Aᵀ and y [M, N] = x Wᵀ + bias + scale · s Bᵀ.
-
-    Without a weight y holds x Wᵀ + bias already. x and y have unit stride along their last dimension.
-    """
-    status = library().lora_ops_lora_forward(
-        byref(low_rank),
-        None if weight is None else byref(weight),
-        _pointer(bias),
-        x.data_ptr(),
-        x.shape[0],
-        x.stride(0),
-        s.data_ptr(),
-        y.data_ptr(),
-        y.stride(0),
-        _DTYPES[x.dtype],
-        torch.get_num_threads(),
-    )
-    _check(status, "lora_forward", "x")
-
-
-def lora_backward(
-    low_rank: Adapter,
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    weight: Weight | None = None,
-    *,
-    dx: Tensor | None = None,
-    dlora_a: Tensor | None = None,
-    dlora_b: Tensor | None = None,
-    dbias: Tensor | None = None,
-) -> None:
-    """With dS = scale · dY B: dx = dY W + drop(dS A), dlora_a = dSᵀ drop(x), dlora_b = scale · dYᵀ s, dbias = Σ_m dY.
-
-    Without a weight dx holds dY W already. Outputs that are None are not computed. dy, x and dx have unit stride along
-    their last dimension; the others are contiguous.
-    """
-    status = library().lora_ops_lora_backward(
-        byref(low_rank),
-        None if weight is None else byref(weight),
-        dy.data_ptr(),
-        dy.shape[0],
-        dy.stride(0),
-        _pointer(x),
-        0 if x is None else x.stride(0),
-        _pointer(s),
-        _pointer(dx),
-        0 if dx is None else dx.stride(0),
-        _pointer(dlora_a),
-        _pointer(dlora_b),
-        _pointer(dbias),
-        _DTYPES[dy.dtype],
-        torch.get_num_threads(),
-    )
-    _check(status, "lora_backward", "dy")
-
-
-def dropout_mask(rows: slice, k: int, threshold: int, seed: int, offset: int, bits: Tensor) -> None:
-    """Bits of the rows of a mask: bits uint8 [rows, ceil(k / 8)], the lowest bit of a byte first."""
-    n_rows = rows.stop - rows.start
-    status = library().lora_ops_dropout_mask(
-        seed & (2**64 - 1), offset, threshold, rows.start, n_rows, k, bits.data_ptr()
-    )
-    _check(status, "dropout_mask", "rows")
 
 
 def adamw(
@@ -523,5 +270,5 @@ def dtype_number(dtype: torch.dtype) -> int:
     return _DTYPES[dtype]
 
 
-def _pointer(t: Tensor | None) -> int | None:
+def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops.quant.blockwise8.reference import dynamic_map
+from lora_ops.quant import nf4_native
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.runtime import native
-
-
-def weight_of(q: NF4Tensor) -> native.NF4Weight:
-    """The C view of `q`, valid while q lives."""
-    if q.nested_absmax is None or q.nested_offset is None:
-        return native.nf4_weight(q.packed, q.absmax, q.block_size)
-    return native.nested_nf4_weight(
-        q.packed, q.absmax, dynamic_map(signed=True), q.nested_absmax, float(q.nested_offset), q.block_size
-    )
 
 
 def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -28,9 +19,9 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     if w.dim() == 2 and not w.is_contiguous() and w.t().is_contiguous():
-        native.nf4_quantize_transposed(w.t(), block_size, packed, absmax)
+        nf4_native.quantize_transposed(w.t(), block_size, packed, absmax)
     else:
-        native.nf4_quantize(w.contiguous(), block_size, packed, absmax)
+        nf4_native.quantize(w.contiguous(), block_size, packed, absmax)
     return packed, absmax
 
 
@@ -40,9 +31,9 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) 
     if out is None:
         out = torch.empty(q.shape, dtype=dtype)
     if out.is_contiguous():
-        native.nf4_dequantize(weight_of(q), 0, out.numel(), out)
+        nf4_native.dequantize(nf4_native.weight_of(q), 0, out.numel(), out)
     else:
-        native.nf4_dequantize_transposed(weight_of(q), out.t())
+        nf4_native.dequantize_transposed(nf4_native.weight_of(q), out.t())
     return out
 
 

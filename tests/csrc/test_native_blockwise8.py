@@ -54,7 +54,7 @@ def test_quantize_equals_definition(isa: str, kind: str, n: int, block_size: int
     n_blocks = -(-n // block_size)
     codes = torch.full((n + 2 * GUARD,), 0xA5, dtype=torch.uint8)
     absmax = torch.full((n_blocks + 2 * GUARD,), torch.nan)
-    native.blockwise8_quantize(x, block_size, dynamic_map(signed), codes[GUARD:], absmax[GUARD:])
+    native_impl.quantize(x, block_size, dynamic_map(signed), codes[GUARD:], absmax[GUARD:])
     v, expected_absmax = scaled(x, block_size)
     np.testing.assert_array_equal(codes[GUARD : GUARD + n].numpy(), nearest(v, dynamic_map(signed)))
     np.testing.assert_array_equal(absmax[GUARD : GUARD + n_blocks].numpy(), expected_absmax)
@@ -100,10 +100,10 @@ def test_any_ascending_map(isa: str, kind: str, signed: bool, seed: int) -> None
         return
     x = draw("wide", 1000, seed)
     codes, absmax = torch.empty(1000, dtype=torch.uint8), torch.empty(4)
-    native.blockwise8_quantize(x, 256, table, codes, absmax)
+    native_impl.quantize(x, 256, table, codes, absmax)
     np.testing.assert_array_equal(codes.numpy(), nearest(scaled(x, 256)[0], table))
     out = torch.empty(1000)
-    native.blockwise8_dequantize(codes, absmax, 256, table, out)
+    native_impl.dequantize(codes, absmax, 256, table, out)
     assert torch.equal(out, table[codes.int()] * absmax.repeat_interleave(256)[:1000])
 
 
@@ -127,11 +127,11 @@ def test_dynamic_maps_with_a_value_changed(isa: str, signed: bool, change: dict[
     x = torch.randn(2560, generator=g).sign() * 10 ** (torch.rand(2560, generator=g) * 16 - 16)
     x[::256] = 1.0
     codes, absmax = torch.empty(2560, dtype=torch.uint8), torch.empty(10)
-    native.blockwise8_quantize(x, 256, table, codes, absmax)
+    native_impl.quantize(x, 256, table, codes, absmax)
     np.testing.assert_array_equal(codes.numpy(), nearest(scaled(x, 256)[0], table))
     every = torch.arange(256, dtype=torch.uint8)
     out = torch.empty(256)
-    native.blockwise8_dequantize(every, torch.ones(1), 256, table, out)
+    native_impl.dequantize(every, torch.ones(1), 256, table, out)
     assert torch.equal(out.view(torch.int32), table.view(torch.int32))
 
 
@@ -193,4 +193,4 @@ def test_bitsandbytes_default_backend_agrees_up_to_its_rounded_midpoints(isa: st
 def test_an_unsorted_map_is_refused() -> None:
     x, codes, absmax = torch.zeros(8), torch.zeros(8, dtype=torch.uint8), torch.zeros(1)
     with pytest.raises(native.NativeError, match="blockwise8_quantize"):
-        native.blockwise8_quantize(x, 8, dynamic_map(True).flip(0).contiguous(), codes, absmax)
+        native_impl.quantize(x, 8, dynamic_map(True).flip(0).contiguous(), codes, absmax)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import lora_ops
 from lora_ops.functional import dequantize_nf4, quantize_nf4
+from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.philox import dropout_mask, keep_scale, threshold
-from lora_ops.quant.nf4_codec import native_impl as codec
+from lora_ops.quant import nf4_native
 from lora_ops.runtime import native
 from tests.cases import LinearCase, assert_right, run_ours
 
@@ -35,7 +36,7 @@ GUARD = 48.0  # an exact value in every dtype, around what may be written
 def test_masks_are_the_references(isa: str, first: int, n_rows: int, k: int, p: float, seed: int, offset: int) -> None:
     rows = slice(first, first + n_rows)
     bits = torch.full((n_rows, -(-k // 8)), 0xA5, dtype=torch.uint8)
-    native.dropout_mask(rows, k, threshold(p), seed, offset, bits)
+    native_abi.dropout_mask(rows, k, threshold(p), seed, offset, bits)
     got = np.unpackbits(bits.numpy(), axis=1, bitorder="little")[:, :k].astype(bool)
     assert np.array_equal(got, dropout_mask(rows, k, p, torch.tensor(seed), offset).numpy())
 
@@ -91,7 +92,7 @@ class Operands:
 
     def run(self) -> dict[str, Tensor]:
         """Every result, from guarded inputs and outputs."""
-        low_rank = native.adapter(self.a, self.b, self.scale, threshold(self.p), SEED)
+        low_rank = native_abi.adapter_view(self.a, self.b, self.scale, threshold(self.p), SEED)
         x, dy, y, dx = (guarded(t) for t in (self.x, self.dy, self.y, self.dx))
         s = torch.full((self.m, self.r), torch.nan)
         weight, bias = None, None
@@ -99,11 +100,11 @@ class Operands:
             y[:], dx[:], bias = torch.nan, torch.nan, self.bias
             dense = self.weight == "dense"
             w = guarded(self.w)
-            weight = native.dense_weight(w) if dense else codec.weight_of(self.q).operand
-        native.lora_forward(low_rank, x, s, y, weight, bias)
+            weight = native_abi.dense_view(w) if dense else nf4_native.weight_of(self.q).operand
+        native_abi.forward(low_rank, x, s, y, weight, bias)
         da, db = torch.full_like(self.a, torch.nan), torch.full_like(self.b, torch.nan)
         dbias = torch.full((self.n,), torch.nan, dtype=self.dtype)
-        native.lora_backward(low_rank, dy, x, s, weight, dx=dx, dlora_a=da, dlora_b=db, dbias=dbias)
+        native_abi.backward(low_rank, dy, x, s, weight, dx=dx, dlora_a=da, dlora_b=db, dbias=dbias)
         results = {"s": s, "y": y.clone(), "dx": dx.clone(), "da": da, "db": db, "dbias": dbias}
         for view, before in ((x, self.x), (dy, self.dy)):
             assert torch.equal(view.nan_to_num(), before.nan_to_num())
@@ -186,7 +187,7 @@ def test_products_with_the_weight(
     weight: str,
 ) -> None:
     """Of bfloat16 the low-rank term is added to the sums of the product: rounded once."""
-    if weight == "dense" and not native.takes_dense(dtype):
+    if weight == "dense" and not native_abi.takes_dense(dtype):
         weight = "nf4"
     operands = Operands(m, n, k, r, dtype, adapter_dtype, p, weight)
     operands.check(operands.run())
@@ -196,7 +197,7 @@ def test_products_with_the_weight(
 @pytest.mark.parametrize("m", [1, 4, 6, 8, 9, 16, 24, 33])
 def test_few_rows_with_the_weight(isa: str, m: int, weight: str) -> None:
     """Ranks of several vectors, and rows whose scales are looked up in several pieces, by each kernel for few rows."""
-    if weight == "dense" and not native.takes_dense(torch.bfloat16):
+    if weight == "dense" and not native_abi.takes_dense(torch.bfloat16):
         weight = "nf4"
     operands = Operands(m, 9, 4224, 70, torch.bfloat16, torch.float32, 0.1, weight)
     operands.check(operands.run())
@@ -204,19 +205,19 @@ def test_few_rows_with_the_weight(isa: str, m: int, weight: str) -> None:
 
 def test_a_dense_weight_that_is_not_taken_is_refused(isa: str) -> None:
     o = Operands(20, 30, 40, 4, torch.float32, torch.float32, 0.0)
-    assert not native.takes_dense(o.dtype)
-    low_rank, weight = native.adapter(o.a, o.b, o.scale), native.dense_weight(o.w)
+    assert not native_abi.takes_dense(o.dtype)
+    low_rank, weight = native_abi.adapter_view(o.a, o.b, o.scale), native_abi.dense_view(o.w)
     with pytest.raises(native.NativeError, match="lora_forward: refused its arguments"):
-        native.lora_forward(low_rank, o.x, torch.empty(o.m, o.r), o.y, weight)
+        native_abi.forward(low_rank, o.x, torch.empty(o.m, o.r), o.y, weight)
 
 
 def test_the_sum_of_both_products_is_rounded_once() -> None:
     """The low-rank term takes away the product itself, rounded: what is left is what rounding that first would lose."""
-    if not native.takes_dense(torch.bfloat16):
+    if not native_abi.takes_dense(torch.bfloat16):
         pytest.skip("no bfloat16 product of the library's own here; run on a machine with AVX-512 BF16 and without AMX")
     x, w = torch.randn(30, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     y, s, b = torch.full((30, 2), torch.nan, dtype=torch.bfloat16), torch.empty(30, 2), -0.5 * torch.eye(2)
-    native.lora_forward(native.adapter(w, b, 2.0), x, s, y, native.dense_weight(w))
+    native_abi.forward(native_abi.adapter_view(w, b, 2.0), x, s, y, native_abi.dense_view(w))
     assert torch.allclose(y.float(), s - s.bfloat16().float(), rtol=0.02, atol=1e-4)
     assert y.abs().max() > 4e-3
 
@@ -241,7 +242,7 @@ def test_many_rows_and_columns(isa: str, dtype: torch.dtype) -> None:
 def test_any_thread_count_gives_the_same_bits(
     isa: str, weight: str | None, dtype: torch.dtype, m: int, n: int, k: int, r: int
 ) -> None:
-    if weight == "dense" and not native.takes_dense(dtype):
+    if weight == "dense" and not native_abi.takes_dense(dtype):
         weight = None
     operands = Operands(m, n, k, r, dtype, torch.float32, 0.1, weight)
     results = []
@@ -264,11 +265,11 @@ def test_each_gradient_alone(isa: str, wanted: str) -> None:
         empty = {"dlora_a": torch.empty_like(o.a), "dlora_b": torch.empty_like(o.b), "dbias": o.dy.new_empty(o.n)}
         return {"dx": o.dx.clone(), **empty}
 
-    low_rank = native.adapter(o.a, o.b, o.scale, threshold(o.p), SEED)
+    low_rank = native_abi.adapter_view(o.a, o.b, o.scale, threshold(o.p), SEED)
     together, alone = outputs(), outputs()[wanted]
-    native.lora_backward(low_rank, o.dy, o.x, s, **together)
+    native_abi.backward(low_rank, o.dy, o.x, s, **together)
     x, needed_s = o.x if wanted == "dlora_a" else None, s if wanted == "dlora_b" else None
-    native.lora_backward(low_rank, o.dy, x, needed_s, **{wanted: alone})
+    native_abi.backward(low_rank, o.dy, x, needed_s, **{wanted: alone})
     assert torch.equal(alone, together[wanted])
 
 
@@ -285,14 +286,14 @@ def test_dropped_elements_are_not_read_into_sums(isa: str) -> None:
 def test_bad_arguments_are_refused() -> None:
     o = Operands(4, 5, 6, 2, torch.float32, torch.float32, 0.0)
     s = torch.empty(4, 2)
-    bad = native.adapter(o.a, o.b, 1.0, threshold=65537)
+    bad = native_abi.adapter_view(o.a, o.b, 1.0, threshold=65537)
     with pytest.raises(native.NativeError, match="lora_forward: refused its arguments"):
-        native.lora_forward(bad, o.x, s, o.y)
-    good = native.adapter(o.a, o.b, 1.0)
+        native_abi.forward(bad, o.x, s, o.y)
+    good = native_abi.adapter_view(o.a, o.b, 1.0)
     with pytest.raises(native.NativeError, match="lora_backward: refused its arguments"):
-        native.lora_backward(good, o.dy, None, s, dlora_a=torch.empty_like(o.a))
+        native_abi.backward(good, o.dy, None, s, dlora_a=torch.empty_like(o.a))
     with pytest.raises(native.NativeError, match="dropout_mask: refused its arguments"):
-        native.dropout_mask(slice(-1, 1), 8, 5, 0, 0, torch.empty(2, 1, dtype=torch.uint8))
+        native_abi.dropout_mask(slice(-1, 1), 8, 5, 0, 0, torch.empty(2, 1, dtype=torch.uint8))
 
 
 cases = st.builds(
