@@ -83,6 +83,8 @@ def _from_file(path: Path, kind: str, opener: Callable[..., Any], split: str) ->
             _check_text(path, opener)
         if kind == "csv":
             options = _csv_options(path, opener)
+        if kind == "json" and _has_byte_order_mark(path, opener):
+            options = {"encoding": "utf-8-sig"}  # datasets before 5.2 takes the mark for a part of an array
         with _without_log_lines():
             return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -114,6 +116,11 @@ def _without_log_lines() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def _has_byte_order_mark(path: Path, opener: Callable[..., Any]) -> bool:
+    with opener(path, "rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def _check_text(path: Path, opener: Callable[..., Any]) -> None:
