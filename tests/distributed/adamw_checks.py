@@ -1,4 +1,4 @@
-"""AdamW over sharded parameters: what each rank checks. Run by test_fsdp2.py."""
+"""AdamW over sharded parameters: what each rank checks. Run by test_ranks.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA models under FSDP2: what each rank checks. Run by test_fsdp2.py."""
+"""QLoRA models under FSDP2: what each rank checks. Run by test_ranks.py."""
 
 from __future__ import annotations
 
@@ -185,17 +185,3 @@ def check_plain_modules(folder: Path) -> None:
         ValueError, match=r"q: expected block_size=32, double_quant=False, as when the layer was sharded"
     ):
         model[1].quantized = other.quantized
-
-
-def check_ddp(folder: Path) -> None:
-    """Gradients are the means over ranks; the ranks' NF4 weights become those of the first one."""
-    rank, one = dist.get_rank(), qlora()
-    model = nn.parallel.DistributedDataParallel(qlora(seed=rank))
-    assert_same(model.module.state_dict(), dict(one.state_dict()))
-    ids = [token_ids(seed=seed) for seed in range(dist.get_world_size())]
-    for i in ids:
-        (one(input_ids=i, labels=i).loss / len(ids)).backward()
-    model(input_ids=ids[rank], labels=ids[rank]).loss.backward()
-    for (name, p), q in zip(one.named_parameters(), model.parameters(), strict=True):
-        if p.requires_grad:
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
