@@ -1,4 +1,4 @@
-"""Parameters and models under FSDP2 and DDP, on ranks that a process of their own forks: two, and three for uneven parts."""
+"""Parameters and models under FSDP2 and DDP, on ranks that a process of their own forks."""
 
 from __future__ import annotations
 
