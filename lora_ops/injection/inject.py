@@ -259,6 +259,7 @@ def _check_strictly(model: PeftModel, quantize: str | None, kept: Mapping[str, s
                 [
                     "strict: quantize='nf4' would leave dense, as shares of the unquantized model:",
                     *(row.describe(counted.total) for row in rows),
+                    "name what may stay dense in skip_modules, or leave strict out",
                 ]
             )
         )

@@ -109,8 +109,10 @@ def test_experts_are_named_and_strict_refuses_them(caplog: pytest.LogCaptureFixt
     assert row.nbytes == 2 * 4 * (3 * 32 * 32) * 4
     assert all("mlp.experts" in name for name in row.names)
     assert "of experts" in str(report)
-    with pytest.raises(InjectionError, match=r"would leave dense.*\n.*MiB.*MixtralExperts"):
-        lora_ops.inject(moe(), r=2, target_modules=["q_proj"], quantize="nf4", strict=True)
+    options = {"r": 2, "target_modules": ["q_proj"], "quantize": "nf4", "strict": True}
+    with pytest.raises(InjectionError, match=r"would leave dense.*\n.*MiB.*MixtralExperts.*\n.*in skip_modules"):
+        lora_ops.inject(moe(), **options)
+    lora_ops.inject(moe(), **options, skip_modules=["experts"])
 
 
 def test_what_is_dense_by_design_is_said_and_strict_lets_it_pass(caplog: pytest.LogCaptureFixture) -> None:

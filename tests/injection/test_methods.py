@@ -119,7 +119,7 @@ def test_trains_and_merges_as_over_dense_weights(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - set(methods.TESTED) - WRAP_NO_LINEAR))
 def test_others_are_refused_by_name(method: str) -> None:
     if method == "adamss":
-        pytest.importorskip("sklearn")
+        pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs it: pip install scikit-learn")
     nf4 = lora_ops.quantize(models.qwen2())
     before = copy.deepcopy(nf4.state_dict())
     with pytest.raises(TypeError, match=rf"{method}: expected a PEFT method that can stand on NF4 weights \(beft, "):
