@@ -6,20 +6,14 @@ Source: QLoRA (Dettmers et al. 2023), appendix E; layout as written by bitsandby
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-# How a weight stands in the signature of an op: an NF4Tensor's parts, or with block_size = 0 a dense tensor in the
-# place of packed. `operands` writes them, `from_operands` reads them.
-OPERANDS_SCHEMA = (
-    "Tensor packed, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_offset, SymInt[] shape, int block_size"
-)
-N_OPERANDS = 6
-Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Sequence[int], int]
+from lora_ops.quant.frozen import FrozenTensor, Parts, register
 
 # The one place where the code book stands: quantiles of N(0, 1) scaled to [-1, 1], exact in fp32.
 NF4_CODE: tuple[float, ...] = (
@@ -55,8 +49,9 @@ def nf4_thresholds(device: torch.device | str | None = None) -> Tensor:
     return (code[:-1] + code[1:]) / 2
 
 
+@register
 @dataclass(frozen=True)
-class NF4Tensor:
+class NF4Tensor(FrozenTensor):
     """A tensor in NF4: value[e] = NF4_CODE[nibble e] · absmax[e // block_size], blocks flat over the row-major tensor.
 
     Attributes:
@@ -69,6 +64,7 @@ class NF4Tensor:
         nested_offset: fp32 0-d, the mean that was subtracted from absmax before its quantization, or None.
     """
 
+    format: ClassVar[str] = "nf4"
     packed: Tensor
     absmax: Tensor
     shape: tuple[int, ...]
@@ -83,57 +79,55 @@ class NF4Tensor:
         return self.nested_absmax is not None
 
     @property
-    def device(self) -> torch.device:
-        return self.packed.device
+    def parts(self) -> Parts:
+        """packed, absmax, nested_absmax, nested_offset."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset
+
+    @classmethod
+    def from_parts(cls, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, block_size: int) -> NF4Tensor:
+        """See `parts`."""
+        packed, absmax, nested_absmax, nested_offset = parts
+        return cls(packed, absmax, shape, dtype, block_size, nested_absmax, nested_offset)  # type: ignore[arg-type]
+
+    @classmethod
+    def encode(cls, w: Tensor) -> NF4Tensor:
+        """See `lora_ops.functional.quantize_nf4`."""
+        from lora_ops.quant.nf4_codec import quantize_nf4
+
+        return quantize_nf4(w)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """See quant/nf4_codec/reference.py."""
+        from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+
+        return dequantize_nf4(q=self, dtype=dtype)
+
+    def check(self, name: str) -> None:
+        """See `check_nf4`."""
+        check_nf4(name, self)
+
+    def to_state_dict(self) -> dict[str, Tensor]:
+        """See state_dict.py."""
+        from lora_ops.formats import bitsandbytes
+
+        return bitsandbytes.to_state_dict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> NF4Tensor:
+        """See state_dict.py."""
+        from lora_ops.formats import bitsandbytes
+
+        return bitsandbytes.from_state_dict(state)
 
     def numel(self) -> int:
         """Elements of the tensor that was quantized."""
         return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: packed codes and all scales."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that make up the value, without those that are absent."""
-        return tuple(t for t in (self.packed, self.absmax, self.nested_absmax, self.nested_offset) if t is not None)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> NF4Tensor:
-        """The same value with every tensor on `device`."""
-
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            packed=self.packed.to(device, non_blocking=non_blocking),
-            absmax=self.absmax.to(device, non_blocking=non_blocking),
-            nested_absmax=move(self.nested_absmax),
-            nested_offset=move(self.nested_offset),
-        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `lora_ops.functional.dequantize_nf4`."""
         from lora_ops.quant.nf4_codec import dequantize_nf4
 
         return dequantize_nf4(self, dtype=dtype)
-
-
-def operands(weight: Tensor | NF4Tensor) -> Operands:
-    """The op arguments of OPERANDS_SCHEMA that stand for `weight`."""
-    if isinstance(weight, NF4Tensor):
-        w = weight
-        return w.packed, w.absmax, w.nested_absmax, w.nested_offset, w.shape, w.block_size
-    return weight, None, None, None, weight.shape, 0
-
-
-def from_operands(dtype: torch.dtype, *args: Any) -> Tensor | NF4Tensor:
-    """The weight that the op arguments of OPERANDS_SCHEMA stand for; `dtype` becomes that of an NF4Tensor."""
-    packed, absmax, nested_absmax, nested_offset, shape, block_size = args
-    if block_size == 0:
-        return packed
-    return NF4Tensor(packed, absmax, tuple(shape), dtype, block_size, nested_absmax, nested_offset)
 
 
 def check_block_size(block_size: int) -> None:

@@ -14,7 +14,7 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.nn import LoRALinear, NF4Linear
 from lora_ops.quant.blockwise8 import dequantize_blockwise8, quantize_blockwise8
-from lora_ops.quant.nf4 import operands
+from lora_ops.quant.frozen import operands
 from lora_ops.runtime.dispatch import OPS
 
 K, N, R = 32, 48, 4

@@ -18,6 +18,7 @@ from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant import nf4_native
+from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear.reference import as_matrix
 from lora_ops.runtime import native
@@ -40,7 +41,7 @@ def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.Adapte
     )
 
 
-def _weight(weight: Tensor | NF4Tensor) -> nf4_native.WeightView | None:
+def _weight(weight: Tensor | FrozenTensor) -> nf4_native.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
         return nf4_native.weight_of(weight).operand
@@ -50,7 +51,7 @@ def _weight(weight: Tensor | NF4Tensor) -> nf4_native.WeightView | None:
 
 
 def lora_linear(
-    *, x: Tensor, weight: Tensor | NF4Tensor, adapter: Adapter, bias: Tensor | None
+    *, x: Tensor, weight: Tensor | FrozenTensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
     x2, lora_a, lora_b = _rows(x), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
@@ -68,7 +69,7 @@ def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    weight: Tensor | NF4Tensor,
+    weight: Tensor | FrozenTensor,
     adapter: Adapter,
     needs: Needs,
 ) -> Grads:
@@ -102,11 +103,11 @@ def lora_linear_backward(
     return grads
 
 
-def declines(op: str, lead: Tensor, *, weight: Tensor | NF4Tensor, **operands: Any) -> str | None:
+def declines(op: str, lead: Tensor, *, weight: Tensor | FrozenTensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if 0 in weight.shape:
         return f"native LoRA kernels have no weights of shape {tuple(weight.shape)}"
-    return native.declines(lead.device, lead.dtype)
+    return declines_format(weight, "nf4", backend="native") or native.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.kernels.lora_linear.operands import Adapter, Needs
-from lora_ops.quant.nf4 import N_OPERANDS, OPERANDS_SCHEMA, NF4Tensor, check_nf4, from_operands, operands
+from lora_ops.quant.frozen import N_OPERANDS, OPERANDS_SCHEMA, FrozenTensor, data_of, from_operands, operands
 from lora_ops.runtime.checks import (
     FLOAT_DTYPES,
     autocasting,
@@ -69,12 +69,11 @@ def _(dtype: torch.dtype, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[T
     # lora_a and lora_b keep their dtype: the op takes float32 adapters under 16-bit activations, with exact gradients.
     if x.dtype == torch.float64:  # as autocast treats F.linear
         dtype = torch.float64
-    *adapter, packed, absmax, nested_absmax, nested_offset, shape, block_size = rest
-    if block_size == 0:
-        packed = packed.to(dtype)
-    weight = packed, absmax, nested_absmax, nested_offset, shape, block_size
+    adapter, (data, *scales_and_shape) = rest[:-N_OPERANDS], rest[-N_OPERANDS:]
+    if scales_and_shape[-1] == "":  # dense
+        data = data.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    return torch.ops.lora_ops.lora_linear(x.to(dtype), bias, *adapter, *weight)
+    return torch.ops.lora_ops.lora_linear(x.to(dtype), bias, *adapter, data, *scales_and_shape)
 
 
 @_bwd.kernel
@@ -120,7 +119,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, lora_a, lora_b, scale, dropout_p, seed, *weight = inputs
-    *tensors, ctx.shape, ctx.block_size = weight
+    *tensors, ctx.shape, ctx.block_size, ctx.format = weight
     ctx.dropout_p = dropout_p
     _, s = output
     ctx.mark_non_differentiable(s)
@@ -136,7 +135,19 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | 
     if dy is not None:
         x, s, lora_a, lora_b, scale, seed, *weight = ctx.saved_tensors
         out = torch.ops.lora_ops.lora_linear_backward(
-            dy, x, s, lora_a, lora_b, scale, ctx.dropout_p, seed, needs, *weight, ctx.shape, ctx.block_size
+            dy,
+            x,
+            s,
+            lora_a,
+            lora_b,
+            scale,
+            ctx.dropout_p,
+            seed,
+            needs,
+            *weight,
+            ctx.shape,
+            ctx.block_size,
+            ctx.format,
         )
         grads = [g if need else None for g, need in zip(out, needs, strict=True)]
     dx, dlora_a, dlora_b, dbias = grads
@@ -149,7 +160,7 @@ _bwd.not_differentiable()
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Tensor,
+    weight: Tensor | FrozenTensor,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -169,7 +180,8 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
-        weight: [N, K] of x's dtype (any floating dtype under autocast), or an NF4Tensor of that shape. Frozen.
+        weight: [N, K] of x's dtype (any floating dtype under autocast), or an NF4Tensor, or one of another frozen format, of that
+            shape. Frozen.
         lora_a: [R, K], x's dtype or float32. Its gradient has its dtype and is not rounded before.
         lora_b: [N, R], likewise.
         scale: α / r (or α / √r): a number or a 0-d tensor (one graph for all its values under torch.compile).
@@ -188,19 +200,19 @@ def lora_linear(
     Source: LoRA (Hu et al. 2021), equation 3; QLoRA (Dettmers et al. 2023), equation 5.
     """
     check_dtype("x", x, FLOAT_DTYPES)
-    packed = weight.packed if isinstance(weight, NF4Tensor) else weight
+    data = data_of(weight)
     # First of all: what is plain is on the CPU and not under autocast, which needs no look then.
-    plain = is_plain_call(x, packed, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
+    plain = is_plain_call(x, data, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
     autocast = not plain and autocasting(x)
     like_x = FLOAT_DTYPES if autocast else (x.dtype,)
-    if isinstance(weight, NF4Tensor):
-        check_nf4("weight", weight, dim=2)
+    if isinstance(weight, FrozenTensor):
+        weight.check("weight")
     else:
         check_dtype("weight", weight, like_x)
-        if weight.dim() != 2:
-            raise ValueError(f"weight: expected (N, K), got {tuple(weight.shape)}")
         if weight.requires_grad:
             raise ValueError("weight: expected requires_grad=False (lora_linear computes no gradient for it)")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected (N, K), got {tuple(weight.shape)}")
     n, k = weight.shape
     check_last_dim("x", x, k)
     adapter_dtypes = FLOAT_DTYPES if autocast else _ADAPTER_DTYPES[x.dtype]
@@ -218,7 +230,7 @@ def lora_linear(
     if scale is None or isinstance(scale, (str, complex)):
         raise ValueError(f"scale: expected a number or a floating 0-d tensor, got {scale!r}")
     if not plain:
-        check_same_device(x=x, weight=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
+        check_same_device(x=x, weight=data, lora_a=lora_a, lora_b=lora_b, bias=bias)
     seed = _seed_tensor(seed, dropout_p, x.device)
     if plain:
         scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)

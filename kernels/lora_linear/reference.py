@@ -21,15 +21,14 @@ from torch import Tensor
 
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import dropout_mask, keep_scale
-from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+from lora_ops.quant.frozen import FrozenTensor
 from lora_ops.quant.nf4_linear.reference import accumulate_dtype, as_matrix, row_chunks
 from lora_ops.runtime.dispatch import as_output
 
 
-def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+def _dense(weight: Tensor | FrozenTensor, dtype: torch.dtype) -> Tensor:
     """W [N, K] as the activations' dtype holds it, widened to the accumulator's dtype."""
-    w = dequantize_nf4(weight, dtype) if isinstance(weight, NF4Tensor) else weight
+    w = weight.decode(dtype) if isinstance(weight, FrozenTensor) else weight
     return w.to(accumulate_dtype(dtype))
 
 
@@ -42,7 +41,7 @@ def drop(x: Tensor, rows: slice, adapter: Adapter) -> Tensor:
 
 
 def lora_linear(
-    *, x: Tensor, weight: Tensor | NF4Tensor, adapter: Adapter, bias: Tensor | None
+    *, x: Tensor, weight: Tensor | FrozenTensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in the accumulator's dtype."""
     acc = accumulate_dtype(x.dtype)
@@ -64,7 +63,7 @@ def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    weight: Tensor | NF4Tensor,
+    weight: Tensor | FrozenTensor,
     adapter: Adapter,
     needs: Needs,
 ) -> Grads:

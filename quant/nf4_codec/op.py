@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.blockwise8 import quantize_blockwise8
-from lora_ops.quant.nf4 import (
-    NESTED_BLOCK_SIZE,
-    OPERANDS_SCHEMA,
-    NF4Tensor,
-    check_block_size,
-    check_nf4,
-    from_operands,
-    operands,
-)
+from lora_ops.quant.frozen import OPERANDS_SCHEMA, from_operands, operands
+from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, check_nf4
 from lora_ops.runtime.checks import check_dtype
 from lora_ops.runtime.dispatch import Op
 
@@ -47,15 +40,8 @@ def _(*args: Any) -> Tensor:
 
 
 @_dequantize.fake
-def _(
-    packed: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(packed: Tensor, *args: Any) -> Tensor:
+    *_, shape, _, _, dtype = args
     return packed.new_empty(shape, dtype=dtype)
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
-from lora_ops.quant.nf4 import operands
+from lora_ops.quant.frozen import operands
 from lora_ops.runtime import native
 from tests.cases import LinearCase, LinearInputs, assert_right, run_ours
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 import lora_ops
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.blockwise8.reference import dynamic_map
-from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor, nf4_thresholds, operands
+from lora_ops.quant.frozen import operands
+from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor, nf4_thresholds
 from lora_ops.runtime import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import lora_ops
 from lora_ops.functional import dequantize_nf4, nf4_linear, quantize_nf4
-from lora_ops.quant.nf4 import BLOCK_SIZES, operands
+from lora_ops.quant.frozen import operands
+from lora_ops.quant.nf4 import BLOCK_SIZES
 from lora_ops.runtime import native
 from tests.cases import LinearCase, assert_right, run_ours
 

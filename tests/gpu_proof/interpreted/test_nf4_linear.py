@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import lora_ops
 from lora_ops.functional import nf4_linear, quantize_nf4
+from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl
 from lora_ops.runtime.crossovers import force
@@ -88,11 +89,7 @@ def test_every_code_in_both_nibbles(m: int, k: int) -> None:
     rows = torch.eye(k)
     y = torch.cat([nf4_linear(rows[i : i + m], q) for i in range(0, k, m)])
     assert torch.equal(y.T, w)
-    assert torch.equal(torch.ops.lora_ops.nf4_linear_dx(torch.eye(16), *_operands(q)), w)
-
-
-def _operands(q: NF4Tensor) -> tuple:
-    return q.packed, q.absmax, q.nested_absmax, q.nested_offset, q.shape, q.block_size
+    assert torch.equal(torch.ops.lora_ops.nf4_linear_dx(torch.eye(16), *operands(q)), w)
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(1, "_nf4_gemv_kernel"), (4, "_nf4_gemv_kernel"), (5, "_nf4_gemm_kernel"),
