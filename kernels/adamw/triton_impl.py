@@ -20,7 +20,8 @@ from lora_ops.kernels.adamw.reference import BLOCK_SIZE
 from lora_ops.kernels.philox.reference import LANES
 from lora_ops.quant.blockwise8.triton_impl import map_on, thresholds_on
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
-from lora_ops.runtime.triton_launch import declines_device, launch
+from lora_ops.runtime import triton_launch
+from lora_ops.runtime.triton_launch import launch
 
 TILE = 2048  # with codes 16 elements a thread, so that those are 16 bytes
 WARPS = {True: 4, False: 8}  # with codes, and without: on 4 ptxas spills for sm_89, with 1024 elements on 4 for sm_100
@@ -183,15 +184,17 @@ def _upload(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
-def declines(op: str, params: Sequence[Tensor], grads: Sequence[Tensor], *states: Any) -> str | None:
+def declines(
+    op: str, lead: Tensor, *, params: Sequence[Tensor], grads: Sequence[Tensor], **operands: Any
+) -> str | None:
     """Why this backend cannot serve the call, or None."""
     for p, g in zip(params, grads, strict=True):
         if g.dtype not in (p.dtype, torch.float32):
             return f"triton kernels take gradients in the parameter's dtype or float32, not {g.dtype} for {p.dtype}"
-    for t in itertools.chain(params, grads, *states[:3]):
+    for t in itertools.chain(params, grads, *(operands[name] for name in ("exp_avgs", "exp_avg_sqs", "absmaxes"))):
         if t.data_ptr() % ALIGNMENT:
             return f"triton kernels take tensors at multiples of {ALIGNMENT} bytes"
-    return declines_device(params[0].device)
+    return triton_launch.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"adamw_": adamw_}

@@ -45,6 +45,7 @@ def _weight(weight: Tensor | FrozenTensor) -> nf4_native.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
         return nf4_native.weight_of(weight).operand
+    weight = cast(Tensor, weight)
     if weight.stride(1) == 1 and native_abi.takes_dense(weight.dtype):
         return native_abi.dense_view(weight)
     return None

@@ -180,8 +180,8 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
-        weight: [N, K] of x's dtype (any floating dtype under autocast), or an NF4Tensor, or one of another frozen format, of that
-            shape. Frozen.
+        weight: [N, K] of x's dtype (any floating dtype under autocast), or of that shape an NF4Tensor or another frozen
+            format. Frozen.
         lora_a: [R, K], x's dtype or float32. Its gradient has its dtype and is not rounded before.
         lora_b: [N, R], likewise.
         scale: α / r (or α / √r): a number or a 0-d tensor (one graph for all its values under torch.compile).

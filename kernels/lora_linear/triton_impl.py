@@ -18,12 +18,12 @@ An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lora_ops.kernels.lora_linear.reference import Grads, Needs
+from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.lora_linear.triton_gemm import expand, lora_gemm
 from lora_ops.kernels.lora_linear.triton_skinny import (
     Dropout,
@@ -33,8 +33,10 @@ from lora_ops.kernels.lora_linear.triton_skinny import (
     reduce_rows,
     scale_argument,
 )
+from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output
 
@@ -45,67 +47,55 @@ NO_DROPOUT = Dropout.of(0.0, None)
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    *, x: Tensor, weight: Tensor | FrozenTensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
-    (n, _), r = weight.shape, lora_a.shape[0]
+    (n, _), r = weight.shape, adapter.lora_a.shape[0]
     x2 = nf4.as_rows(x)
     bias = None if bias is None else bias.contiguous()
-    factor = scale_argument(scale, x.device)
-    s = reduce_rows(x2, _adapter(lora_a), Dropout.of(dropout_p, seed))
-    y = _with_base(x2, weight, s, _adapter(lora_b), bias, factor, NO_DROPOUT, transposed=True)
+    scale = scale_argument(adapter.scale, x.device)
+    s = reduce_rows(x2, _loadable(adapter.lora_a), Dropout.of(adapter.dropout_p, adapter.seed))
+    y = _with_base(x2, weight, s, _loadable(adapter.lora_b), bias, scale, NO_DROPOUT, transposed=True)
     return as_output(y, (*x.shape[:-1], n)), as_output(s, (*x.shape[:-1], r))
 
 
 def lora_linear_backward(
+    *,
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    weight: Tensor | NF4Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
+    weight: Tensor | FrozenTensor,
+    adapter: Adapter,
     needs: Needs,
 ) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
-    needs_x, needs_a, needs_b, needs_bias = needs
-    factor, dropout = scale_argument(scale, dy.device), Dropout.of(dropout_p, seed)
-    a, b = _adapter(lora_a), _adapter(lora_b)
+    scale, dropout = scale_argument(adapter.scale, dy.device), Dropout.of(adapter.dropout_p, adapter.seed)
+    lora_a, lora_b = _loadable(adapter.lora_a), _loadable(adapter.lora_b)
+    a_dtype, b_dtype = adapter.lora_a.dtype, adapter.lora_b.dtype
     dy2 = nf4.as_rows(dy)
     ds = dx = dlora_a = dlora_b = dbias = None
-    sum_dtype = dy.dtype if needs_bias else None
-    if needs_b and s is not None:
+    sum_dtype = dy.dtype if needs.bias else None
+    if needs.lora_b and s is not None:
         s2 = nf4.as_rows(s).contiguous()
-        if (needs_x or needs_a) and reads_once(dy.dtype, b.shape[1]):
-            ds, dlora_b, dbias = reduce_both(dy2, b, s2, factor, lora_b.dtype, sum_dtype=sum_dtype)
+        if (needs.x or needs.lora_a) and reads_once(dy.dtype, lora_b.shape[1]):
+            ds, dlora_b, dbias = reduce_both(dy2, lora_b, s2, scale, b_dtype, sum_dtype=sum_dtype)
         else:
-            dlora_b, dbias = reduce_columns(
-                dy2, s2, NO_DROPOUT, factor, lora_b.dtype, rank_first=False, sum_dtype=sum_dtype
-            )  # fmt: skip
-    elif needs_bias:
+            dlora_b, dbias = reduce_columns(dy2, s2, NO_DROPOUT, scale, b_dtype, rank_first=False, sum_dtype=sum_dtype)
+    elif needs.bias:
         dbias = dy2.sum(0)  # accumulated in float32 and rounded once by torch
-    if ds is None and (needs_x or needs_a):
-        ds = reduce_rows(dy2, b.T, NO_DROPOUT)  # [M, N] @ [N, R] -> [M, R]
-    if needs_a and x is not None and ds is not None:
-        dlora_a, _ = reduce_columns(nf4.as_rows(x), ds, dropout, factor, lora_a.dtype, rank_first=True)
-    if needs_x and ds is not None:
-        dx = _with_base(dy2, weight, ds, a.T, None, factor, dropout, transposed=False)
-        dx = as_output(dx, (*dy.shape[:-1], a.shape[1]))
-    return dx, dlora_a, dlora_b, dbias
+    if ds is None and (needs.x or needs.lora_a):
+        ds = reduce_rows(dy2, lora_b.T, NO_DROPOUT)  # [M, N] @ [N, R] -> [M, R]
+    if needs.lora_a and x is not None and ds is not None:
+        dlora_a, _ = reduce_columns(nf4.as_rows(x), ds, dropout, scale, a_dtype, rank_first=True)
+    if needs.x and ds is not None:
+        dx = _with_base(dy2, weight, ds, lora_a.T, None, scale, dropout, transposed=False)
+        dx = as_output(dx, (*dy.shape[:-1], lora_a.shape[1]))
+    return Grads(dx, dlora_a, dlora_b, dbias)
 
 
 def _with_base(
     x: Tensor,
-    weight: Tensor | NF4Tensor,
+    weight: Tensor | FrozenTensor,
     s: Tensor,
     lora_b: Tensor,
     bias: Tensor | None,
@@ -121,10 +111,10 @@ def _with_base(
             return lora_gemm(x, w, s, lora_b, bias, scale, dropout)
         return expand(s, lora_b, bias, scale, dropout, x.dtype).addmm_(x, w.T)
     y = expand(s, lora_b, bias, scale, dropout, x.dtype)
-    return nf4.matmul(x, weight, transposed=transposed, add_to=y)
+    return nf4.matmul(x, cast(NF4Tensor, weight), transposed=transposed, add_to=y)
 
 
-def _adapter(t: Tensor) -> Tensor:
+def _loadable(t: Tensor) -> Tensor:
     """lora_a or lora_b as kernels load it: not of float64, which autocast may bring, and within 32-bit offsets."""
     if t.dtype == torch.float64:
         t = t.float()
@@ -132,17 +122,15 @@ def _adapter(t: Tensor) -> Tensor:
     return t if reach < 2**31 else t.contiguous()
 
 
-def declines(op: str, lead: Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, *, weight: Tensor | FrozenTensor, adapter: Adapter, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    first = 1 if op == "lora_linear" else 3
-    adapter = dict(zip(("lora_a", "lora_b"), args[first : first + 2], strict=True))
-    rank = adapter["lora_a"].shape[0]
+    rank = adapter.lora_a.shape[0]
     if rank > MAX_RANK:
         return f"lora_linear's Triton kernels take ranks up to {MAX_RANK}, not {rank}"
-    for name, t in adapter.items():
+    for name, t in (("lora_a", adapter.lora_a), ("lora_b", adapter.lora_b)):
         if t.numel() > MAX_ADAPTER:
             return f"{name}: lora_linear's Triton kernels take up to 2^31 elements, not {tuple(t.shape)}"
-    return nf4.declines(op, lead)
+    return declines_format(weight, "nf4", backend="triton") or triton_launch.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}

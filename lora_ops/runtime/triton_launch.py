@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from lora_ops.runtime.checks import dtype_name
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # Triton's own limit; bf16 matrix instructions, asynchronous copies
 
 
@@ -101,8 +104,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def declines_device(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`, or None; for an op's `declines`."""
+def declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot take activations of this device and dtype, or None; for an op's `declines`."""
+    if dtype not in DTYPES:
+        return f"triton kernels have no {dtype_name(dtype)}"
     nvidia = device.type == "cuda" and torch.version.hip is None
     if nvidia and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return "triton kernels need compute capability 8.0"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.reference import dynamic_map, dynamic_thresholds
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
-from lora_ops.runtime.triton_launch import declines_device, launch
+from lora_ops.runtime import triton_launch
+from lora_ops.runtime.triton_launch import launch
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TILE = 2048  # 16 elements a thread at 4 warps: four 16-byte loads or stores of fp32
@@ -94,12 +95,11 @@ def dequantize_blockwise8(codes: Tensor, absmax: Tensor, block_size: int, signed
     return out
 
 
-def declines(op: str, lead: Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, *, block_size: int, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    block_size = args[-2]
     if block_size not in BLOCK_SIZES:
         return f"triton kernels have block sizes {BLOCK_SIZES}, not {block_size}"
-    return declines_device(lead.device)
+    return triton_launch.declines(lead.device, torch.float32)
 
 
 IMPLS: dict[str, Callable] = {

@@ -19,10 +19,8 @@ from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
 from lora_ops.quant.nf4_triton import decode_nf4
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
-from lora_ops.runtime.checks import dtype_name
-from lora_ops.runtime.triton_launch import declines_device, launch
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from lora_ops.runtime import triton_launch
+from lora_ops.runtime.triton_launch import launch
 
 # 16 elements a thread: two 16-byte loads of 16-bit values. With 32, sm_80 spills.
 QUANTIZE_TILE = 2048
@@ -149,13 +147,11 @@ def dequantize_nf4_out(q: NF4Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def declines(op: str, *args: Any) -> str | None:
+def declines(
+    op: str, lead: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None, **operands: Any
+) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    operand, target = args[0], args[0] if op == "quantize_nf4" else args[1]
-    dtype = target if isinstance(target, torch.dtype) else target.dtype
-    if dtype not in DTYPES:
-        return f"triton NF4 kernels have no {dtype_name(dtype)}"
-    return declines_device(operand.device)
+    return triton_launch.declines(lead.device, dtype or (lead if out is None else out).dtype)
 
 
 IMPLS: dict[str, Callable] = {

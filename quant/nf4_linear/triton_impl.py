@@ -17,21 +17,18 @@ from torch import Tensor
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.quant.nf4_codec import triton_impl as codec
 from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
-from lora_ops.runtime.checks import dtype_name
+from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output
-from lora_ops.runtime.triton_launch import declines_device
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def nf4_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     bias = None if bias is None else bias.contiguous()
     return as_output(matmul(as_rows(x), q, transposed=True, bias=bias), (*x.shape[:-1], q.shape[0]))
 
 
-def nf4_linear_dx(dy: Tensor, q: NF4Tensor) -> Tensor:
+def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     return as_output(matmul(as_rows(dy), q, transposed=False), (*dy.shape[:-1], q.shape[1]))
 
@@ -72,11 +69,9 @@ def matmul(
     return x @ w if bias is None else torch.addmm(bias, x, w)
 
 
-def declines(op: str, lead: Tensor, *args: Any) -> str | None:
+def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    if lead.dtype not in DTYPES:
-        return f"triton kernels have no {dtype_name(lead.dtype)}"
-    return declines_device(lead.device)
+    return triton_launch.declines(lead.device, lead.dtype)
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}

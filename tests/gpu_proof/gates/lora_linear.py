@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_ops.kernels.lora_linear import triton_impl
-from lora_ops.kernels.lora_linear.reference import Needs
+from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.kernels.lora_linear.triton_skinny import padded_rank
 from lora_ops.runtime.checks import dtype_name
 from lora_ops.runtime.crossovers import force
@@ -45,7 +45,8 @@ def _expected(r: int, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, Ex
 
 
 def cases() -> Iterator[GateCase]:
-    every, no_bias, frozen_b = (True, True, True, True), (True, True, True, False), (True, True, False, False)
+    every, no_bias = Needs(True, True, True, True), Needs(True, True, True, False)
+    frozen_b = Needs(True, True, False, False)
     # Each tile, and each where R is no multiple of 16: of a rank, Triton sees only whether it is one, or 1.
     ranks = 16, 32, 64, 128, 256, 8, 24, 40, 100, 200
     configs = [(r, torch.bfloat16, p, every) for r in ranks for p in (0.0, 0.1)]
@@ -78,9 +79,8 @@ def call(
     """
     x, dy = meta(m, k + gap, dtype=dtype)[:, :k], meta(m, n + gap, dtype=dtype)[:, :n]
     w = meta(n, k, dtype=dtype)
-    adapter = meta(r, k), meta(n, r), torch.tensor(2.0)
-    bias = meta(n, dtype=dtype) if needs[3] else None
-    seed = meta(dtype=torch.int64) if p else None
+    adapter = Adapter(meta(r, k), meta(n, r), torch.tensor(2.0), p, meta(dtype=torch.int64) if p else None)
+    bias = meta(n, dtype=dtype) if needs.bias else None
     with force(kstep_min_m=0 if kstep else 2**62):
-        _, s = triton_impl.lora_linear(x, w, *adapter, bias, p, seed)
-        triton_impl.lora_linear_backward(dy, x, s, w, *adapter, p, seed, needs)
+        _, s = triton_impl.lora_linear(x=x, weight=w, adapter=adapter, bias=bias)
+        triton_impl.lora_linear_backward(dy=dy, x=x, s=s, weight=w, adapter=adapter, needs=needs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_ops.kernels.lora_linear import triton_impl as lora
+from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.quant.nf4_linear import triton_impl as nf4
 from lora_ops.runtime.triton_launch import Launch
 from tests.gpu_proof import registry
@@ -31,7 +32,7 @@ def test_some_op_is_checked() -> None:
 
 
 def _lora(m: int, n: int, k: int, r: int, *, kstep: bool = False) -> None:
-    lora_linear.call(m, n, k, r, torch.bfloat16, 0.1, kstep=kstep, needs=(True, True, True, True))
+    lora_linear.call(m, n, k, r, torch.bfloat16, 0.1, kstep=kstep, needs=Needs(True, True, True, True))
 
 
 def _nf4(m: int, n: int, k: int, row_stride: int = 0) -> None:
@@ -87,7 +88,7 @@ def test_larger_adapters_are_declined(name: str) -> None:
     x, dy, w, a, b = (torch.empty(*shape, device="meta") for shape in ((64, k), (64, n), (n, k), (r, k), (n, r)))
     shape = (r, k) if name == "lora_a" else (n, r)
     reason = f"{name}: lora_linear's Triton kernels take up to 2^31 elements, not {shape}"
-    rest = None, None, 0.0, None
-    assert lora.declines("lora_linear", x, w, a, b, *rest) == reason
-    assert lora.declines("lora_linear_backward", dy, x, None, w, a, b, *rest) == reason
-    assert lora.declines("lora_linear", x, w, a[:, :most], b[:most], *rest) != reason
+    large, small = (Adapter(*matrices, torch.tensor(2.0)) for matrices in ((a, b), (a[:, :most], b[:most])))
+    assert lora.declines("lora_linear", x, x=x, weight=w, adapter=large, bias=None) == reason
+    assert lora.declines("lora_linear_backward", dy, dy=dy, x=x, s=None, weight=w, adapter=large) == reason
+    assert lora.declines("lora_linear", x, x=x, weight=w, adapter=small, bias=None) != reason

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_ops
 from lora_ops.functional import lora_linear
 from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
+from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.runtime.crossovers import force
 from lora_ops.runtime.triton_launch import record_launches
@@ -166,16 +167,16 @@ def test_scale_of_another_gpu() -> None:
 def test_saved_sum_of_any_strides() -> None:
     """S comes back as autograd kept it, and hooks that offload saved tensors may give it other strides."""
     i = LinearCase(m=50, n=70, k=40, r=8, dtype=torch.bfloat16, weight="dense").inputs()
-    args = i.weight, *i.adapter(), torch.tensor(2.0)
-    _, s = triton_impl.lora_linear(i.x, *args, None, 0.0, None)
+    frozen = {"weight": i.weight, "adapter": Adapter(*i.adapter(), torch.tensor(2.0))}
+    _, s = triton_impl.lora_linear(x=i.x, bias=None, **frozen)
     wide = torch.full((50, 16), torch.nan)
     wide[:, :8] = s
-    needs = (False, False, True, False)
+    needs = Needs(False, False, True, False)
     for kept in (wide[:, :8], s.T.contiguous().T):
-        _, _, db, _ = triton_impl.lora_linear_backward(i.dy, None, kept, *args, 0.0, None, needs)
-        _, _, expected, _ = triton_impl.lora_linear_backward(i.dy, None, s, *args, 0.0, None, needs)
-        assert db is not None
-        assert torch.equal(db, expected)
+        got = triton_impl.lora_linear_backward(dy=i.dy, x=None, s=kept, needs=needs, **frozen)
+        expected = triton_impl.lora_linear_backward(dy=i.dy, x=None, s=s, needs=needs, **frozen)
+        assert got.lora_b is not None
+        assert torch.equal(got.lora_b, expected.lora_b)
 
 
 def test_bitwise_repeatable() -> None:
@@ -184,15 +185,14 @@ def test_bitwise_repeatable() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("needs", [tuple(bool(i >> b & 1) for b in range(4)) for i in range(16)])
-def test_only_what_is_needed_is_computed(needs: tuple[bool, bool, bool, bool]) -> None:
+@pytest.mark.parametrize("needs", [Needs(*(bool(i >> b & 1) for b in range(4))) for i in range(16)])
+def test_only_what_is_needed_is_computed(needs: Needs) -> None:
     i = LinearCase(m=20, n=40, k=24, r=4, dtype=torch.float16, weight="dense", dropout_p=0.2, bias=True).inputs()
-    scale = torch.tensor(2.0)
-    args = i.weight, *i.adapter(), scale
-    _, s = triton_impl.lora_linear(i.x, *args, i.bias, 0.2, i.seed)
-    every = triton_impl.lora_linear_backward(i.dy, i.x, s, *args, 0.2, i.seed, (True,) * 4)
+    frozen = {"weight": i.weight, "adapter": Adapter(*i.adapter(), torch.tensor(2.0), 0.2, i.seed)}
+    _, s = triton_impl.lora_linear(x=i.x, bias=i.bias, **frozen)
+    every = triton_impl.lora_linear_backward(dy=i.dy, x=i.x, s=s, needs=Needs(True, True, True, True), **frozen)
     with record_launches() as recorder:
-        some = triton_impl.lora_linear_backward(i.dy, i.x, s, *args, 0.2, i.seed, needs)
+        some = triton_impl.lora_linear_backward(dy=i.dy, x=i.x, s=s, needs=needs, **frozen)
     for need, got, expected in zip(needs, some, every, strict=True):
         assert (got is not None) == need
         if got is not None:
@@ -250,12 +250,12 @@ def elements_moved(kstep_min_m: int, dropout_p: float) -> tuple[float, Counter[t
     """Passes over an activation beside the frozen layer's own two products, and the elements that make them up."""
     m, n = 192, 256  # K = N, so that every activation has the same size
     i = LinearCase(m=m, n=n, k=n, r=16, dtype=torch.bfloat16, weight="dense", adapter_dtype=torch.float32).inputs()
-    shared = i.weight, *i.adapter(), torch.tensor(2.0)
-    drop = dropout_p, i.seed if dropout_p else None
+    adapter = Adapter(*i.adapter(), torch.tensor(2.0), dropout_p, i.seed if dropout_p else None)
+    frozen = {"weight": i.weight, "adapter": adapter}
     # The functions behind the ops: a dispatch mode does not see into an op.
     with force(kstep_min_m=kstep_min_m), count_elements() as counts, _ReadsOfAddmm() as addmm:
-        _, s = triton_impl.lora_linear(i.x, *shared, None, *drop)
-        triton_impl.lora_linear_backward(i.dy, i.x, s, *shared, *drop, (True, True, True, False))
+        _, s = triton_impl.lora_linear(x=i.x, bias=None, **frozen)
+        triton_impl.lora_linear_backward(dy=i.dy, x=i.x, s=s, needs=Needs(True, True, True, False), **frozen)
     own = {("lora_gemm", kind, name) for kind, name in (("load", "x_ptr"), ("store", "y_ptr"))}
     moved = {key: count for key, count in counts.items() if key[2] in ("x_ptr", "dy_ptr", "y_ptr") and key not in own}
     return sum(moved.values()) / (m * n) + addmm.count, Counter(moved)
