@@ -2,8 +2,8 @@
 
 from lora_ops.kernels.lora_linear import lora_linear
 from lora_ops.quant.blockwise8 import dequantize_blockwise8, quantize_blockwise8
-from lora_ops.quant.nf4_codec import dequantize_nf4, quantize_nf4
-from lora_ops.quant.nf4_linear import nf4_linear
+from lora_ops.quant.nf4.codec import dequantize_nf4, quantize_nf4
+from lora_ops.quant.nf4.linear import nf4_linear
 
 __all__ = [
     "dequantize_blockwise8",

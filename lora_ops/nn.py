@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ops import functional
-from lora_ops.formats import bitsandbytes as layout
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, check_block_size, check_nf4
+from lora_ops.quant.nf4 import state_dict as layout
 from lora_ops.runtime.checks import check_probability, dtype_name
 from lora_ops.runtime.sharding import is_sharded, local, sharded_as, view_as_dtype
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's is of Python 3.11
 
 # How a frozen weight stands in the signature of an op: the parts of a FrozenTensor, or with format = "" a dense tensor
 # in the place of the first one. `operands` writes them, `from_operands` reads them.
@@ -46,12 +49,12 @@ class FrozenTensor(ABC):
 
     @classmethod
     @abstractmethod
-    def from_parts(cls, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, block_size: int) -> FrozenTensor:
+    def from_parts(cls, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, block_size: int) -> Self:
         """The tensor with these parts."""
 
     @classmethod
     @abstractmethod
-    def encode(cls, w: Tensor) -> FrozenTensor:
+    def encode(cls, w: Tensor) -> Self:
         """`w` in this format, with its usual options."""
 
     @abstractmethod
@@ -68,7 +71,7 @@ class FrozenTensor(ABC):
 
     @classmethod
     @abstractmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> FrozenTensor:
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
         """What `to_state_dict` gave."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -88,10 +91,15 @@ class FrozenTensor(ABC):
         """Bytes held: data and all scales."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def to(self: _T, device: torch.device | str, *, non_blocking: bool = False) -> _T:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same value with every tensor on `device`."""
-        moved = tuple(None if t is None else t.to(device, non_blocking=non_blocking) for t in self.parts)
-        return self.from_parts(moved, self.shape, self.dtype, self.block_size)  # type: ignore[arg-type]
+
+        def move(t: Tensor | None) -> Any:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        data, *scales = self.parts
+        parts = move(data), *(move(t) for t in scales)
+        return self.from_parts(parts, self.shape, self.dtype, self.block_size)
 
 
 _T = TypeVar("_T", bound=FrozenTensor)
@@ -116,7 +124,7 @@ def operands(weight: Tensor | FrozenTensor) -> Operands:
 def from_operands(dtype: torch.dtype, *args: Any) -> Any:
     """The weight that the op arguments of OPERANDS_SCHEMA stand for; `dtype` becomes that of a FrozenTensor."""
     *parts, shape, block_size, name = args
-    return FORMATS[name].from_parts(tuple(parts), tuple(shape), dtype, block_size) if name else parts[0]  # type: ignore[arg-type]
+    return FORMATS[name].from_parts(tuple(parts), tuple(shape), dtype, block_size) if name else parts[0]
 
 
 def data_of(weight: Tensor | FrozenTensor) -> Tensor:

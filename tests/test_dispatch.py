@@ -198,8 +198,8 @@ def test_triton_declines_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """The codecs, too: Triton itself compiles for capability 8.0 and later only."""
     pytest.importorskip("triton")
     from lora_ops.quant.blockwise8 import triton_impl as blockwise8
-    from lora_ops.quant.nf4_codec import triton_impl as codec
-    from lora_ops.quant.nf4_linear import triton_impl as linear
+    from lora_ops.quant.nf4.codec import triton_impl as codec
+    from lora_ops.quant.nf4.linear import triton_impl as linear
 
     with FakeTensorMode():
         x = torch.empty(64, 64, device="cuda:0")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_ops import functional
-from lora_ops.formats import bitsandbytes as layout
 from lora_ops.nn import LoRALinear, NF4Linear
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4 import state_dict as layout
 
 K, N = 96, 40
 FP4_STATE = "weight.quant_state.bitsandbytes__fp4"

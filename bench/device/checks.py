@@ -136,7 +136,7 @@ def _quantize(
 
 def quantize_nf4_reference(w: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's bytes, whatever backend is in force."""
-    from lora_ops.quant.nf4_codec.reference import quantize_nf4 as reference
+    from lora_ops.quant.nf4.codec.reference import quantize_nf4 as reference
 
     return reference(w, block_size)
 

@@ -17,10 +17,10 @@ from torch.nn.functional import linear
 from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import threshold
-from lora_ops.quant import nf4_native
 from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_linear.reference import as_matrix
+from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.frozen import FrozenTensor
-from lora_ops.quant.nf4_linear.reference import accumulate_dtype, as_matrix, row_chunks
+from lora_ops.quant.nf4.linear.reference import accumulate_dtype, as_matrix, row_chunks
 from lora_ops.runtime.dispatch import as_output
 
 

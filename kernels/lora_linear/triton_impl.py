@@ -35,7 +35,7 @@ from lora_ops.kernels.lora_linear.triton_skinny import (
 )
 from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.quant.nf4.linear import triton_impl as nf4
 from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection import dense, protect
 from lora_ops.nn import NF4Linear, is_conv1d
+from lora_ops.quant.nf4 import NF4Tensor
 
 logger = logging.getLogger("lora_ops")
 
@@ -88,7 +89,7 @@ def convert_bases(model: nn.Module, quantize: str | None, kept: Mapping[str, str
 
 def _from_bitsandbytes(linear: Any) -> NF4Linear:
     """The same layer over the same bytes; it keeps computing in the dtype that bitsandbytes computes in."""
-    q = layout.from_state_dict(linear.state_dict())
+    q = NF4Tensor.from_state_dict(linear.state_dict())
     nf4 = NF4Linear.from_quantized(q, linear.bias).train(linear.training)
     nf4.source_cls = getattr(linear, "source_cls", nn.Linear)
     nf4.compute_dtype = linear.compute_dtype

@@ -143,7 +143,7 @@ def test_each_route_launches_its_own_kernels(question: Question) -> None:
     """On tensors that only have shapes: what is timed under a name is what runs under it."""
     pytest.importorskip("triton")
     from lora_ops.kernels.lora_linear import triton_impl as lora
-    from lora_ops.quant.nf4_linear import triton_impl as nf4
+    from lora_ops.quant.nf4.linear import triton_impl as nf4
     from tests.gpu_proof.expect import meta_nf4
 
     def meta(*shape: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.philox import dropout_mask, keep_scale, threshold
-from lora_ops.quant import nf4_native
+from lora_ops.quant.nf4 import native as nf4_native
 from lora_ops.runtime import native
 from tests.cases import LinearCase, assert_right, run_ours
 

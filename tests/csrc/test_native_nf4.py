@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_ops.quant import nf4_native
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
-from lora_ops.quant.nf4_codec import native_impl
-from lora_ops.quant.nf4_codec.reference import absmax_of
+from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4.codec import native_impl
+from lora_ops.quant.nf4.codec.reference import absmax_of
 from lora_ops.runtime import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

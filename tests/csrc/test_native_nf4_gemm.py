@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_ops.functional import dequantize_nf4, quantize_nf4
-from lora_ops.quant import nf4_native
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
-from lora_ops.quant.nf4_codec.reference import absmax_of
-from lora_ops.quant.nf4_native import weight_of
+from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4.codec.reference import absmax_of
+from lora_ops.quant.nf4.native import weight_of
 from lora_ops.runtime import native
 from tests.cases import LinearCase, LinearInputs, assert_right
 

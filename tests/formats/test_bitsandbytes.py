@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from lora_ops.formats import bitsandbytes as layout
+from lora_ops.formats.bitsandbytes import is_repacked
 from lora_ops.functional import quantize_nf4
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.quant.nf4 import state_dict as layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -94,9 +95,9 @@ def test_a_layer_that_was_repacked_for_inference_is_read(nested: bool) -> None:
     linear.weight.data = w.clone()
     linear = linear.to("cpu")
     expected = layout.from_state_dict({k: v.clone() for k, v in linear.state_dict().items()})
-    assert not layout.is_repacked(linear)
+    assert not is_repacked(linear)
     linear.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
-    assert layout.is_repacked(linear)
+    assert is_repacked(linear)
     read = layout.from_state_dict(linear.state_dict())
     assert torch.equal(read.packed, expected.packed)
     # 2^-9 of a scale; double-quantized once more, up to half a step of the 8-bit map besides.

@@ -25,7 +25,7 @@ from torch import Tensor
 import lora_ops
 from lora_ops.functional import nf4_linear, quantize_nf4
 from lora_ops.quant.nf4 import NF4_CODE, NF4Tensor
-from lora_ops.quant.nf4_linear import cuda_impl
+from lora_ops.quant.nf4.linear import cuda_impl
 from lora_ops.runtime import backends, cuda, dispatch
 from tests.cases import LinearCase, errors
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 import lora_ops.kernels
 import lora_ops.quant
-from lora_ops.quant.nf4_codec import triton_impl
+from lora_ops.quant.nf4.codec import triton_impl
 from lora_ops.runtime.triton_launch import interpreting, launch
 from tests.gpu_proof import cuda_code, gate, machine_code, registry, rules
 from tests.gpu_proof.expect import MMA, Expect, GateCase, meta

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_ops.quant.nf4 import BLOCK_SIZES
-from lora_ops.quant.nf4_codec import triton_impl
+from lora_ops.quant.nf4.codec import triton_impl
 from lora_ops.runtime.checks import dtype_name
 from tests.gpu_proof.expect import Expect, GateCase, meta, meta_nf4
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from lora_ops.quant.nf4_linear import triton_impl
-from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M
+from lora_ops.quant.nf4.linear import triton_impl
+from lora_ops.quant.nf4.linear.triton_gemm import MAX_GEMV_M
 from lora_ops.runtime.checks import dtype_name
 from tests.gpu_proof.expect import HMMA, MMA, ODD_ROWS, Expect, GateCase, meta, meta_nf4
 

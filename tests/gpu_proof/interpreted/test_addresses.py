@@ -9,7 +9,7 @@ import torch
 
 from lora_ops.kernels.lora_linear import triton_impl as lora
 from lora_ops.kernels.lora_linear.operands import Adapter, Needs
-from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.quant.nf4.linear import triton_impl as nf4
 from lora_ops.runtime.triton_launch import Launch
 from tests.gpu_proof import registry
 from tests.gpu_proof.expect import GateCase, meta_nf4

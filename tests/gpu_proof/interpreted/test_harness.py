@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_ops.functional import quantize_nf4
-from lora_ops.quant.nf4_codec import triton_impl
-from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+from lora_ops.quant.nf4.codec import triton_impl
+from lora_ops.quant.nf4.codec.reference import dequantize_nf4
 from lora_ops.runtime.triton_launch import launch, record_launches
 from tests.gpu_proof import interpreter
 from tests.gpu_proof.gates import nf4_codec

@@ -12,8 +12,8 @@ import torch
 from lora_ops.kernels.lora_linear import triton_gemm as lora_gemm
 from lora_ops.kernels.lora_linear import triton_impl as lora
 from lora_ops.kernels.lora_linear import triton_skinny as skinny
-from lora_ops.quant.nf4_linear import triton_gemm as nf4_gemm
-from lora_ops.quant.nf4_linear import triton_impl as nf4
+from lora_ops.quant.nf4.linear import triton_gemm as nf4_gemm
+from lora_ops.quant.nf4.linear import triton_impl as nf4
 from lora_ops.runtime.crossovers import force
 from tests.cases import LinearCase, assert_right, run_ours
 from tests.gpu_proof import registry

@@ -13,7 +13,7 @@ import lora_ops
 from lora_ops.functional import nf4_linear, quantize_nf4
 from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
-from lora_ops.quant.nf4_linear import triton_impl
+from lora_ops.quant.nf4.linear import triton_impl
 from lora_ops.runtime.crossovers import force
 from lora_ops.runtime.triton_launch import record_launches
 from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours

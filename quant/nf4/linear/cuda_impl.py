@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_linear.reference import as_matrix
+from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import cuda
 from lora_ops.runtime.checks import dtype_name
 from lora_ops.runtime.dispatch import as_output

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_codec import triton_impl as codec
-from lora_ops.quant.nf4_linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
+from lora_ops.quant.nf4.codec import triton_impl as codec
+from lora_ops.quant.nf4.linear.triton_gemm import MAX_GEMV_M, aligned, nf4_gemm, nf4_gemv
 from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4Tensor, nf4_thresholds
-from lora_ops.quant.nf4_triton import decode_nf4
+from lora_ops.quant.nf4.triton_decode import decode_nf4
 from lora_ops.quant.stream_triton import load_ragged, scale_blocks, store_ragged
 from lora_ops.runtime import triton_launch
 from lora_ops.runtime.triton_launch import launch

@@ -1,5 +1,5 @@
 """NF4 quantize and dequantize."""
 
-from lora_ops.quant.nf4_codec.op import dequantize_nf4, quantize_nf4
+from lora_ops.quant.nf4.codec.op import dequantize_nf4, quantize_nf4
 
 __all__ = ["dequantize_nf4", "quantize_nf4"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+from lora_ops.quant.nf4.codec.reference import dequantize_nf4
 from lora_ops.runtime.dispatch import as_output
 
 CHUNK_BYTES = 1 << 20  # of activations that are widened at a time, so that no float32 copy of x is made

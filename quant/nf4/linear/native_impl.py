@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ops.quant import nf4_native
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4_linear.reference import as_matrix
+from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
 

@@ -92,13 +92,13 @@ class NF4Tensor(FrozenTensor):
     @classmethod
     def encode(cls, w: Tensor) -> NF4Tensor:
         """See `lora_ops.functional.quantize_nf4`."""
-        from lora_ops.quant.nf4_codec import quantize_nf4
+        from lora_ops.quant.nf4.codec import quantize_nf4
 
         return quantize_nf4(w)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """See quant/nf4_codec/reference.py."""
-        from lora_ops.quant.nf4_codec.reference import dequantize_nf4
+        """See quant/nf4/codec/reference.py."""
+        from lora_ops.quant.nf4.codec.reference import dequantize_nf4
 
         return dequantize_nf4(q=self, dtype=dtype)
 
@@ -108,16 +108,16 @@ class NF4Tensor(FrozenTensor):
 
     def to_state_dict(self) -> dict[str, Tensor]:
         """See state_dict.py."""
-        from lora_ops.formats import bitsandbytes
+        from lora_ops.quant.nf4 import state_dict
 
-        return bitsandbytes.to_state_dict(self)
+        return state_dict.to_state_dict(self)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> NF4Tensor:
         """See state_dict.py."""
-        from lora_ops.formats import bitsandbytes
+        from lora_ops.quant.nf4 import state_dict
 
-        return bitsandbytes.from_state_dict(state)
+        return state_dict.from_state_dict(state)
 
     def numel(self) -> int:
         """Elements of the tensor that was quantized."""
@@ -125,7 +125,7 @@ class NF4Tensor(FrozenTensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """See `lora_ops.functional.dequantize_nf4`."""
-        from lora_ops.quant.nf4_codec import dequantize_nf4
+        from lora_ops.quant.nf4.codec import dequantize_nf4
 
         return dequantize_nf4(self, dtype=dtype)
 

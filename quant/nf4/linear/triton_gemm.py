@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
-from lora_ops.quant.nf4_triton import decode_nf4
+from lora_ops.quant.nf4.triton_decode import decode_nf4
 from lora_ops.runtime.triton_launch import launch
 
 # Programs that a split sum aims at: two an SM of an H100/H200; the same on every chip, so that results are too.
