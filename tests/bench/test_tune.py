@@ -143,6 +143,7 @@ def test_each_route_launches_its_own_kernels(question: Question) -> None:
     """On tensors that only have shapes: what is timed under a name is what runs under it."""
     pytest.importorskip("triton")
     from lora_ops.kernels.lora_linear import triton_impl as lora
+    from lora_ops.kernels.lora_linear.operands import Adapter
     from lora_ops.quant.nf4.linear import triton_impl as nf4
     from tests.gpu_proof.expect import meta_nf4
 
@@ -152,8 +153,8 @@ def test_each_route_launches_its_own_kernels(question: Question) -> None:
     def kernels(route: Route, m: int) -> set[str]:
         with record_launches(run=False) as record, table.force(**route.forced):
             if question.field == "kstep_min_m":
-                adapter = meta(16, 512), meta(256, 16), torch.tensor(2.0)
-                lora.lora_linear(meta(m, 512), meta(256, 512), *adapter, None, 0.0, None)
+                adapter = Adapter(meta(16, 512), meta(256, 16), torch.tensor(2.0))
+                lora.lora_linear(x=meta(m, 512), weight=meta(256, 512), adapter=adapter, bias=None)
             else:
                 nf4.matmul(meta(m, 512), meta_nf4(256, 512, nested=True), transposed=True)
         return {launch.kernel.__name__ for launch in record.launches}

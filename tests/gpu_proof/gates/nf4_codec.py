@@ -9,6 +9,7 @@ import torch
 
 from lora_ops.quant.nf4 import BLOCK_SIZES
 from lora_ops.quant.nf4.codec import triton_impl
+from lora_ops.runtime import triton_launch
 from lora_ops.runtime.checks import dtype_name
 from tests.gpu_proof.expect import Expect, GateCase, meta, meta_nf4
 
@@ -16,7 +17,7 @@ from tests.gpu_proof.expect import Expect, GateCase, meta, meta_nf4
 def cases() -> Iterator[GateCase]:
     call: Callable[[], object]
     for n, huge in ((1 << 20, False), (3 * 2**31 + 77, True)):
-        for dtype in triton_impl.DTYPES if not huge else (torch.bfloat16,):
+        for dtype in triton_launch.DTYPES if not huge else (torch.bfloat16,):
             suffix = f"{dtype_name(dtype)}{' n > 2^31' if huge else ''}"
             for b in BLOCK_SIZES if not huge else (64,):
                 call = functools.partial(triton_impl.quantize_nf4, meta(n, dtype=dtype), b)

@@ -14,6 +14,7 @@ import torch
 
 from lora_ops.quant.nf4.linear import triton_impl
 from lora_ops.quant.nf4.linear.triton_gemm import MAX_GEMV_M
+from lora_ops.runtime import triton_launch
 from lora_ops.runtime.checks import dtype_name
 from tests.gpu_proof.expect import HMMA, MMA, ODD_ROWS, Expect, GateCase, meta, meta_nf4
 
@@ -34,7 +35,7 @@ def _expected(m: int, size: tuple[int, int], dtype: torch.dtype, *, transposed: 
 
 
 def cases() -> Iterator[GateCase]:
-    for size, m, dtype in itertools.product((ALIGNED, ODD_N, ODD), (1, 2, 4, 16, 32, 64, 128), triton_impl.DTYPES):
+    for size, m, dtype in itertools.product((ALIGNED, ODD_N, ODD), (1, 2, 4, 16, 32, 64, 128), triton_launch.DTYPES):
         if size != ALIGNED and dtype == torch.float16:
             continue  # differs from bfloat16 in one instruction
         for nested in (False, True) if dtype != torch.float32 else (False,):
