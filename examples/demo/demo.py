@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,7 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     print(f"  {len(train_data):,} questions to train on; {len(items)} held out, from {modules} other modules")
     print(f"  the base model saw {len(library_files(split='base'))} files of still other modules")
 
-    args = sft.SFTArguments(
-        model_name_or_path=str(DEMO_MODEL),
-        dataset="the standard library",
-        output_dir=str(output_dir / "adapter"),
-        lora_r=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-        quantize="nf4",
-        learning_rate=4e-3,
-        warmup_steps=10,
-        per_device_train_batch_size=16,
-        max_steps=max_steps,
-        max_length=256,
-        logging_steps=5,
-        seed=seed,
-    )
+    args = _arguments(output_dir, max_steps, seed)
     _say(2, "Loading the base model; lora_ops.inject(model, quantize='nf4', target_modules='all-linear')")
     unquantized, weights_fp32 = _unquantized_loss(items)
     model, tokenizer = sft.load_model(args)
@@ -161,30 +147,17 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     _show(samples, first_answers, last_answers)
 
     losses = report.compare(items, before, after)
-    adapter_file = output_dir / "adapter" / "adapter_model.safetensors"
     result = {
-        "heldout": {
-            "losses": losses,
-            "unquantized_base": unquantized,
-            "items": [
-                {"file": item["file"], "kind": item["kind"], "before": b, "after": a}
-                for item, b, a in zip(items, before, after, strict=True)
-            ],
-        },
+        "heldout": {"losses": losses, "unquantized_base": unquantized, "items": _rows(items, before, after)},
         "answers": [
             {"prompt": item["prompt"], "source": item["completion"], "before": b, "after": a}
             for item, b, a in zip(samples, first_answers, last_answers, strict=True)
         ],
-        "training": {
-            "steps": trained_run.global_step,
-            "seed": seed,
-            "questions": len(train_data),
-            "tokens": trained_run.tokens,
-            "seconds": trained_run.seconds,
-            "tokens_per_second": trained_run.tokens_per_second,
-            "loss_curve": [{"step": e["step"], "loss": e["loss"]} for e in trained_run.log_history if "loss" in e],
+        "training": _training(trained_run, len(train_data), seed),
+        "adapter": {
+            "bytes": (output_dir / "adapter" / "adapter_model.safetensors").stat().st_size,
+            "parameters": trained,
         },
-        "adapter": {"bytes": adapter_file.stat().st_size, "parameters": trained},
         "memory": {
             "weights_fp32": weights_fp32,
             "weights_quantized": quantized,
@@ -199,8 +172,55 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     write_json(output_dir / "result.json", result)
+    _tell(output_dir, result, trained_run.log_history, modules)
+    return result
+
+
+def _arguments(output_dir: Path, max_steps: int, seed: int) -> Any:
+    from lora_ops.trainer import sft
+
+    return sft.SFTArguments(
+        model_name_or_path=str(DEMO_MODEL),
+        dataset="the standard library",
+        output_dir=str(output_dir / "adapter"),
+        lora_r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        quantize="nf4",
+        learning_rate=4e-3,
+        warmup_steps=10,
+        per_device_train_batch_size=16,
+        max_steps=max_steps,
+        max_length=256,
+        logging_steps=5,
+        seed=seed,
+    )
+
+
+def _rows(items: Sequence[dict[str, Any]], before: Sequence[float], after: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {"file": item["file"], "kind": item["kind"], "before": b, "after": a}
+        for item, b, a in zip(items, before, after, strict=True)
+    ]
+
+
+def _training(run: Any, questions: int, seed: int) -> dict[str, Any]:
+    return {
+        "steps": run.global_step,
+        "seed": seed,
+        "questions": questions,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens_per_second,
+        "loss_curve": [{"step": e["step"], "loss": e["loss"]} for e in run.log_history if "loss" in e],
+    }
+
+
+def _tell(output_dir: Path, result: dict[str, Any], log_history: list[dict[str, Any]], modules: int) -> None:
+    """Draw the curve, and print the tables and where everything is."""
+    losses = result["heldout"]["losses"]
     drawn = report.save_curve(
-        output_dir / "loss_curve.png", trained_run.log_history, losses["all"]["before"], losses["all"]["after"]
+        output_dir / "loss_curve.png", log_history, losses["all"]["before"], losses["all"]["after"]
     )
     print("\n" + report.loss_table(losses))
     print(f"  nats per answer token; interval of the paired differences, clustered by module ({modules})")
@@ -210,7 +230,6 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     if not drawn:
         print("  no loss_curve.png: matplotlib is not installed")
     print(f"  {result['seconds']:.0f} s in all")
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from lora_ops.runtime.checks import (
     check_probability,
     check_same_device,
     check_shape,
+    check_tensor,
 )
 from lora_ops.runtime.dispatch import Op
 from lora_ops.runtime.plain_call import is_plain_call
@@ -199,10 +200,35 @@ def lora_linear(
 
     Source: LoRA (Hu et al. 2021), equation 3; QLoRA (Dettmers et al. 2023), equation 5.
     """
-    check_dtype("x", x, FLOAT_DTYPES)
-    data = data_of(weight)
+    check_tensor("x", x)
     # First of all: what is plain is on the CPU and not under autocast, which needs no look then.
-    plain = is_plain_call(x, data, lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
+    plain = is_plain_call(x, data_of(weight), lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
+    _check(x, weight, lora_a, lora_b, scale, bias, dropout_p, plain=plain)
+    seed = _seed_tensor(seed, dropout_p, x.device)
+    if plain:
+        scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)
+        adapter = Adapter(lora_a, lora_b, scale, dropout_p, seed)
+        y, _ = _fwd.run(x, x=x, weight=weight, adapter=adapter, bias=bias)
+    else:
+        y, _ = torch.ops.lora_ops.lora_linear(
+            x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, seed, *operands(weight)
+        )  # fmt: skip
+    return y
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | FrozenTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    *,
+    plain: bool,
+) -> None:
+    """Raise if operands do not fit each other; `plain` as `is_plain_call` answers."""
+    check_dtype("x", x, FLOAT_DTYPES)
     autocast = not plain and autocasting(x)
     like_x = FLOAT_DTYPES if autocast else (x.dtype,)
     if isinstance(weight, FrozenTensor):
@@ -230,17 +256,7 @@ def lora_linear(
     if scale is None or isinstance(scale, (str, complex)):
         raise ValueError(f"scale: expected a number or a floating 0-d tensor, got {scale!r}")
     if not plain:
-        check_same_device(x=x, weight=data, lora_a=lora_a, lora_b=lora_b, bias=bias)
-    seed = _seed_tensor(seed, dropout_p, x.device)
-    if plain:
-        scale = _scale_tensor(scale) if isinstance(scale, Tensor) else _constant(scale)
-        adapter = Adapter(lora_a, lora_b, scale, dropout_p, seed)
-        y, _ = _fwd.run(x, x=x, weight=weight, adapter=adapter, bias=bias)
-    else:
-        y, _ = torch.ops.lora_ops.lora_linear(
-            x, bias, lora_a, lora_b, _scale_tensor(scale), dropout_p, seed, *operands(weight)
-        )  # fmt: skip
-    return y
+        check_same_device(x=x, weight=data_of(weight), lora_a=lora_a, lora_b=lora_b, bias=bias)
 
 
 @functools.lru_cache(maxsize=64)

@@ -413,8 +413,8 @@ def test_exclude_modules_of_the_user_stay_excluded() -> None:
 def test_reading_a_deep_model_reads_each_function_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     source = weight_reads.__globals__["summarize"].__globals__
-    tree = source["_tree"]
-    monkeypatch.setitem(source, "_tree", lambda function: read.append(function.__code__) or tree(function))
+    tree = source["tree_of"]
+    monkeypatch.setitem(source, "tree_of", lambda function: read.append(function.__code__) or tree(function))
     monkeypatch.setitem(source, "_summaries", {})
     weight_reads(nn.Sequential(*(Directly() for _ in range(100))))
     assert len(read) == len(set(read))

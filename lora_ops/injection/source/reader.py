@@ -7,88 +7,28 @@ granted, so a read on any of them counts.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
-import linecache
-import operator
-import textwrap
 import types
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, NamedTuple
 
-from torch import nn
-
-EACH, ALL = "*", "**"  # in a path: every item or child, and the module with everything below it
-
-
-class Use(IntEnum):
-    """How much of a weight is read."""
-
-    FORM = 1  # dtype or shape
-    VALUE = 2
-
-
-class Value(NamedTuple):
-    """What an expression may be: a module that is reached from an argument, or the weight of one.
-
-    Attributes:
-        kind: "module", "weight", or "first", the first parameter of a module.
-        root: name of the argument.
-        path: attributes that lead from there.
-        depth: 0 for the thing itself, 1 for a sequence of such, 2 for a sequence of sequences.
-    """
-
-    kind: str
-    root: str
-    path: tuple[str, ...]
-    depth: int = 0
-
-
-Values = frozenset[Value]
-NONE: Values = frozenset()
-
-
-class Guard(NamedTuple):
-    """A test before a read, on the module `name` that is reached from an argument, and its outcome there."""
-
-    test: ast.expr
-    holds: bool
-    name: str
-    root: str
-    path: tuple[str, ...]
-
-
-class Read(NamedTuple):
-    """A weight that is read, by `reader`; not in a quantized model if only where transformers finds it is not one."""
-
-    weight: Value
-    use: Use
-    reader: str
-    even_quantized: bool
-    guards: tuple[Guard, ...] = ()
-
-
-class Call(NamedTuple):
-    """A method that is called on a module, with what of its arguments are modules or weights."""
-
-    module: Value
-    method: str
-    args: tuple[tuple[int | str, Values], ...]
-    even_quantized: bool
-
-
-@dataclass
-class Summary:
-    """What a function does with its arguments."""
-
-    parameters: tuple[str, ...] = ()
-    reads: set[Read] = field(default_factory=set)
-    calls: set[Call] = field(default_factory=set)
-    returns: set[Value] = field(default_factory=set)
-
+from lora_ops.injection.source.functions import function_of, method_of, resolve, tree_of
+from lora_ops.injection.source.guards import asks_quantized
+from lora_ops.injection.source.values import (
+    ALL,
+    NONE,
+    Call,
+    Guard,
+    Read,
+    Summary,
+    Use,
+    Value,
+    Values,
+    deepen,
+    iterate,
+    join,
+    substitute,
+)  # fmt: skip
 
 # Attributes and methods of a weight, by what their reader needs. The rest needs its values.
 _NOTHING = {
@@ -113,34 +53,6 @@ _DESCENDANTS = {"modules": 1, "named_modules": 2}
 _PARAMETERS = {"parameters": 1, "named_parameters": 2, "state_dict": 2, "buffers": 0, "named_buffers": 0}
 
 
-def function_of(attribute: Any) -> types.FunctionType | None:
-    """The Python function behind a method, a property or decorators, if there is one."""
-    while True:
-        if isinstance(attribute, (staticmethod, classmethod, types.MethodType)):
-            attribute = attribute.__func__
-        elif isinstance(attribute, property):
-            attribute = attribute.fget
-        elif isinstance(attribute, (functools.cached_property, functools.partial)):
-            attribute = attribute.func
-        elif hasattr(attribute, "__wrapped__"):
-            attribute = attribute.__wrapped__
-        else:
-            return attribute if isinstance(attribute, types.FunctionType) else None
-
-
-def method_of(cls: type, name: str, after: type | None = None) -> tuple[types.FunctionType, type, bool] | None:
-    """A method of a class or, as `super()` finds it, of the classes after one; where it stands; whether a property."""
-    mro = cls.__mro__
-    for owner in mro[mro.index(after) + 1 if after in mro else 0 :]:
-        if name in owner.__dict__:
-            attribute = owner.__dict__[name]
-            function = function_of(attribute)
-            if function is None or owner is nn.Module:
-                return None
-            return function, owner, isinstance(attribute, (property, functools.cached_property))
-    return None
-
-
 _summaries: dict[tuple[types.CodeType, type | None, type | None], Summary] = {}
 
 
@@ -163,22 +75,12 @@ def summarize(function: types.FunctionType, cls: type | None = None, owner: type
         n = code.co_argcount + code.co_kwonlyargcount
         n += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
         summary.parameters = code.co_varnames[:n]
-        tree = _tree(function)
+        tree = tree_of(function)
         if tree is None:
             _guess(function, summary)
         else:
-            _Reader(function, cls, owner, summary).function(tree)
+            Reader(function, cls, owner, summary).function(tree)
     return _summaries[key]
-
-
-def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 :]
-    try:
-        statement = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body[0]
-    except (SyntaxError, IndexError, ValueError):
-        return None
-    return statement if isinstance(statement, ast.FunctionDef) and statement.name == code.co_name else None
 
 
 def _guess(function: types.FunctionType, summary: Summary) -> None:
@@ -194,33 +96,7 @@ def _guess(function: types.FunctionType, summary: Summary) -> None:
             summary.reads.add(Read(weight, Use.VALUE, function.__qualname__, True))
 
 
-_LONGEST, _DEEPEST = 12, 4  # of what functions that call themselves reach
-
-
-def _join(path: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
-    for part in more:
-        if path[-1:] in ((EACH,), (ALL,)) and part in (EACH, ALL):
-            path = (*path[:-1], ALL)
-        elif len(path) < _LONGEST:
-            path = (*path, part)
-    return path
-
-
-def _iterate(values: Iterable[Value]) -> Values:
-    items = set()
-    for v in values:
-        if v.depth:
-            items.add(v._replace(depth=v.depth - 1))
-        elif v.kind == "module":
-            items.add(v._replace(path=_join(v.path, (EACH,))))
-    return frozenset(items)
-
-
-def _deepen(values: Iterable[Value], by: int = 1) -> Values:
-    return frozenset(v._replace(depth=min(v.depth + by, _DEEPEST)) for v in values)
-
-
-class _Reader(ast.NodeVisitor):
+class Reader(ast.NodeVisitor):
     """Evaluates the source of one function into a Summary: visiting an expression gives its Values."""
 
     def __init__(self, function: types.FunctionType, cls: type | None, owner: type | None, summary: Summary) -> None:
@@ -275,7 +151,7 @@ class _Reader(ast.NodeVisitor):
                 found = self.call_python(method[0], [frozenset([v])], {}, self.cls, method[1])
                 result |= found if method[2] else NONE
             else:
-                result.add(v._replace(path=_join(v.path, (attr,))))
+                result.add(v._replace(path=join(v.path, (attr,))))
         return frozenset(result)
 
     def own(self, v: Value, name: str) -> tuple[types.FunctionType, type, bool] | None:
@@ -292,9 +168,9 @@ class _Reader(ast.NodeVisitor):
             return values
         key = node.slice.value if isinstance(node.slice, ast.Constant) else None
         if isinstance(key, (int, str)) and not isinstance(key, bool):
-            direct = {v._replace(path=_join(v.path, (str(key),))) for v in values if v.kind == "module" and not v.depth}
-            return frozenset(direct) | _iterate(v for v in values if v.depth)
-        return _iterate(values)
+            direct = {v._replace(path=join(v.path, (str(key),))) for v in values if v.kind == "module" and not v.depth}
+            return frozenset(direct) | iterate(v for v in values if v.depth)
+        return iterate(values)
 
     def visit_Compare(self, node: ast.Compare) -> Values:
         operands = [self.visit(x) for x in (node.left, *node.comparators)]
@@ -314,21 +190,21 @@ class _Reader(ast.NodeVisitor):
     def visit_IfExp(self, node: ast.IfExp) -> Values:
         self.visit(node.test)
         values = self.visit(node.body)
-        before, self.even_quantized = self.even_quantized, self.even_quantized and not _asks_quantized(node.test)
+        before, self.even_quantized = self.even_quantized, self.even_quantized and not asks_quantized(node.test)
         values |= self.visit(node.orelse)
         self.even_quantized = before
         return values
 
     def visit_Starred(self, node: ast.Starred) -> Values:
-        return _iterate(self.visit(node.value))
+        return iterate(self.visit(node.value))
 
     def visit_Tuple(self, node: ast.Tuple | ast.List | ast.Set) -> Values:
-        return _deepen(self.union(*node.elts)) if node.elts else NONE
+        return deepen(self.union(*node.elts)) if node.elts else NONE
 
     visit_List = visit_Set = visit_Tuple
 
     def visit_Dict(self, node: ast.Dict) -> Values:
-        return _deepen(self.union(*node.values)) if node.values else NONE
+        return deepen(self.union(*node.values)) if node.values else NONE
 
     def visit_Await(self, node: ast.Await) -> Values:
         return self.visit(node.value)
@@ -340,17 +216,17 @@ class _Reader(ast.NodeVisitor):
 
     def visit_GeneratorExp(self, node: ast.GeneratorExp | ast.ListComp | ast.SetComp) -> Values:
         self.generators(node.generators)
-        return _deepen(self.visit(node.elt))
+        return deepen(self.visit(node.elt))
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp
 
     def visit_DictComp(self, node: ast.DictComp) -> Values:
         self.generators(node.generators)
-        return _deepen(self.visit(node.value))
+        return deepen(self.visit(node.value))
 
     def generators(self, generators: list[ast.comprehension]) -> None:
         for generator in generators:
-            self.bind(generator.target, _iterate(self.visit(generator.iter)))
+            self.bind(generator.target, iterate(self.visit(generator.iter)))
             for test in generator.ifs:
                 self.visit(test)
 
@@ -360,10 +236,10 @@ class _Reader(ast.NodeVisitor):
         if isinstance(target, ast.Name):
             self.env[target.id] |= values
         elif isinstance(target, ast.Starred):
-            self.bind(target.value, _deepen(values))
+            self.bind(target.value, deepen(values))
         elif isinstance(target, (ast.Tuple, ast.List)):
             for element in target.elts:
-                self.bind(element, _iterate(values))
+                self.bind(element, iterate(values))
         else:  # an attribute or an item
             self.read(self.visit(target))
 
@@ -379,7 +255,7 @@ class _Reader(ast.NodeVisitor):
         return NONE
 
     def visit_For(self, node: ast.For) -> Values:
-        self.bind(node.target, _iterate(self.visit(node.iter)))
+        self.bind(node.target, iterate(self.visit(node.iter)))
         for statement in (*node.body, *node.orelse):
             self.visit(statement)
         return NONE
@@ -397,7 +273,7 @@ class _Reader(ast.NodeVisitor):
         self.even_quantized = before and not spared
         self.visit(node.test)
         self.branch(node.body, node.test, True)
-        self.even_quantized = before and not _asks_quantized(node.test)
+        self.even_quantized = before and not asks_quantized(node.test)
         self.branch(node.orelse, node.test, False)
         self.even_quantized = before
         return NONE
@@ -457,16 +333,16 @@ class _Reader(ast.NodeVisitor):
             return NONE
         if name == "getattr" and len(node.args) > 1:
             key = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
-            found = self.attribute(first, str(key)) if key else _iterate(v for v in first if not v.depth)
+            found = self.attribute(first, str(key)) if key else iterate(v for v in first if not v.depth)
             return found | (args[2] if len(args) > 2 else NONE)
         if name == "next":
-            found = _iterate(v for v in first if v.path[-1:] != (ALL,) or v.kind == "module")
+            found = iterate(v for v in first if v.path[-1:] != (ALL,) or v.kind == "module")
             return found | {v._replace(kind="first", path=v.path[:-1], depth=0) for v in first if v.path[-1:] == (ALL,)
                             and v.kind == "weight"}  # fmt: skip
         if name in _SAME:
             return first
         if name in ("enumerate", "zip"):
-            return _deepen(frozenset().union(*map(_iterate, args)), 2)
+            return deepen(frozenset().union(*map(iterate, args)), 2)
         if name in ("map", "filter"):
             return frozenset().union(*args[1:])
         return None
@@ -489,15 +365,15 @@ class _Reader(ast.NodeVisitor):
         if not modules:
             deep = frozenset(v for v in base if v.depth)
             if deep and name in ("items", "values", "append", "extend"):
-                return _deepen(deep) if name == "items" else deep
+                return deepen(deep) if name == "items" else deep
             return self.call_static(func, args, kwargs)
         if name in _ITEMS:
-            return _deepen(_iterate(modules), _ITEMS[name])
+            return deepen(iterate(modules), _ITEMS[name])
         if name in _DESCENDANTS:
-            return frozenset(v._replace(path=_join(v.path, (ALL,)), depth=_DESCENDANTS[name]) for v in modules)
+            return frozenset(v._replace(path=join(v.path, (ALL,)), depth=_DESCENDANTS[name]) for v in modules)
         if name in _PARAMETERS:
             depth = _PARAMETERS[name]
-            return frozenset(Value("weight", v.root, _join(v.path, (ALL,)), depth) for v in modules if depth)
+            return frozenset(Value("weight", v.root, join(v.path, (ALL,)), depth) for v in modules if depth)
         result: set[Value] = set()
         for v in modules:
             if (method := self.own(v, name)) is not None:
@@ -533,7 +409,7 @@ class _Reader(ast.NodeVisitor):
             self.read(values)
         if not any(args) and not any(kwargs.values()):
             return NONE
-        function = function_of(_resolve(func, self.python))
+        function = function_of(resolve(func, self.python))
         return NONE if function is None else self.call_python(function, args, kwargs)
 
     def call_python(
@@ -551,7 +427,7 @@ class _Reader(ast.NodeVisitor):
         for read in list(summary.reads):
             even = read.even_quantized and self.even_quantized
             guards = tuple(self.guards) + tuple(
-                g._replace(root=v.root, path=_join(v.path, g.path))
+                g._replace(root=v.root, path=join(v.path, g.path))
                 for g in read.guards
                 if len(vs := given.get(g.root, NONE)) == 1
                 for v in vs
@@ -565,90 +441,3 @@ class _Reader(ast.NodeVisitor):
             for v in substitute(call.module, given):
                 self.summary.calls.add(call._replace(module=v, args=inner, even_quantized=even))
         return frozenset(v for r in summary.returns for v in substitute(r, given))
-
-
-def substitute(value: Value, given: dict[str, Values]) -> Values:
-    """A callee's value as its caller has it."""
-    return frozenset(
-        value._replace(root=v.root, path=_join(v.path, value.path), depth=min(v.depth + value.depth, _DEEPEST))
-        for v in given.get(value.root, NONE)
-        if v.kind == "module" and (not v.depth or not value.path)
-    )
-
-
-class _Unknown(Exception):
-    """The outcome of a test depends on more than constants."""
-
-
-_COMPARISONS: dict[type, Any] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
-}  # fmt: skip
-
-
-def outcome(test: ast.expr, name: str, module: nn.Module) -> bool | None:
-    """What a test on the constants of a module and its configuration gives, where `name` is the module; or None."""
-    try:
-        return bool(_constant(test, name, module))
-    except _Unknown:
-        return None
-
-
-def _constant(node: ast.expr, name: str, module: Any) -> Any:
-    value = _evaluate(node, name, module)
-    if not isinstance(value, (bool, int, float, str, type(None))):
-        raise _Unknown
-    return value
-
-
-def _evaluate(node: ast.expr, name: str, module: Any) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name) and node.id == name:
-        return module
-    if isinstance(node, ast.Attribute) and node.attr != "training":
-        owner = _evaluate(node.value, name, module)
-        attributes = getattr(owner, "__dict__", {})
-        if node.attr in attributes:
-            return attributes[node.attr]
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not _constant(node.operand, name, module)
-    elif isinstance(node, ast.BoolOp):
-        decisive = isinstance(node.op, ast.Or)
-        outcomes = [outcome(value, name, module) for value in node.values]
-        if decisive in outcomes or None not in outcomes:
-            return decisive in outcomes if decisive else False not in outcomes
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
-        left, right = (_constant(operand, name, module) for operand in (node.left, node.comparators[0]))
-        try:
-            return _COMPARISONS[type(node.ops[0])](left, right)
-        except TypeError:
-            raise _Unknown from None
-    raise _Unknown
-
-
-def _asks_quantized(test: ast.expr) -> bool:
-    """Whether this is transformers' question for a quantized model, `hasattr(self.config, "_is_quantized")`."""
-    return (
-        isinstance(test, ast.Call)
-        and isinstance(test.func, ast.Name)
-        and test.func.id == "hasattr"
-        and isinstance(test.args[-1], ast.Constant)
-        and test.args[-1].value == "_is_quantized"
-    )
-
-
-def _resolve(node: ast.expr, function: types.FunctionType) -> Any:
-    """The object that a dotted name stands for in a function's globals and closure, or None."""
-    if isinstance(node, ast.Attribute):
-        owner = _resolve(node.value, function)
-        return inspect.getattr_static(owner, node.attr, None) if isinstance(owner, (types.ModuleType, type)) else None
-    if not isinstance(node, ast.Name):
-        return None
-    code = function.__code__
-    if node.id in code.co_freevars and function.__closure__ is not None:
-        try:
-            return function.__closure__[code.co_freevars.index(node.id)].cell_contents
-        except ValueError:  # not yet bound
-            return None
-    return function.__globals__.get(node.id)
