@@ -58,6 +58,7 @@ class Plan:
         self._states: list[dict[str, Any]] = []
         self._groups: list[list[Member]] = []
         self._seed = seed
+        self._reusable = True
         self._repeated = False
         self._table: SliceTable | None = None
         steps, row_of, constants = [], [], _Constants()
@@ -67,25 +68,24 @@ class Plan:
             self._groups.append([])
             for p in group["params"]:
                 index += 1
+                address = 0 if is_sharded(p) else p.data_ptr()
                 its_state = state.get(p) if p.grad is None else state[p]
+                grad_dtype = None if p.grad is None else p.grad.dtype
+                self._groups[-1].append(Member(p, address, p.numel(), grad_dtype, its_state))
+                self._reusable &= not is_sharded(p)  # addresses are plain tensors'
                 if p.grad is not None:
-                    grad = _local_grad(index, p)
+                    grad = _flat(_local_grad(index, p))
+                    param = _flat(local(p))
                     steps.append(its_state.get("step", 0) + 1)
                     row_of.append(constants.row(steps[-1]))
                     self.indices.append(index)
                     self._params.append(p)
-                    self._flat.append((_flat(local(p)), _flat(grad)))
+                    self._flat.append((param, grad))
                     self._streams.append(index + (shard_number(p) << 20 if is_sharded(p) else 0))
                     self._states.append(its_state)
-                address = 0 if is_sharded(p) else p.data_ptr()
-                grad_dtype = None if p.grad is None else p.grad.dtype
-                self._groups[-1].append(Member(p, address, p.numel(), grad_dtype, its_state))
+                    if self._reusable:  # and of a copy they say nothing
+                        self._reusable = (param.data_ptr(), grad.data_ptr()) == (address, p.grad.data_ptr())
         self.values = StepValues([grad for _, grad in self._flat], steps, row_of, constants.rows, seed)
-        # Addresses are plain tensors', and of a copy they say nothing.
-        self._reusable = not any(is_sharded(member.param) for members in self._groups for member in members) and all(
-            param.data_ptr() == p.data_ptr() and p.grad is not None and grad.data_ptr() == p.grad.data_ptr()
-            for p, (param, grad) in zip(self._params, self._flat, strict=True)
-        )
 
     def lay_out(self, slices: Mapping[int, Sequence[tuple[int, Segment]]]) -> None:
         """Take the slices, by extent."""
@@ -102,6 +102,7 @@ class Plan:
         if not self._reusable or len(groups) != len(self._groups):
             return False
         grads, steps, row_of, constants = [], [], [], _Constants()
+        strided = torch.strided
         for group, members in zip(groups, self._groups, strict=True):
             params, latest, row = group["params"], 0, 0
             if len(params) != len(members):
@@ -113,9 +114,11 @@ class Plan:
                     return False
                 if grad is None:
                     continue
-                if p.data_ptr() != address or grad.dtype is not grad_dtype or grad.layout is not torch.strided:
+                if p.data_ptr() != address or p.numel() != numel or not p.is_contiguous():
                     return False
-                if not p.is_contiguous() or not grad.is_contiguous() or grad.numel() != numel:
+                if grad.dtype is not grad_dtype or grad.layout is not strided:
+                    return False
+                if grad.numel() != numel or not grad.is_contiguous():
                     return False
                 step = its_state["step"] + 1
                 if step != latest:

@@ -41,11 +41,13 @@ class SimulatedAdamW(AdamW):
 
 
 class Model:
-    """Parameters, and gradients that depend on the step alone; parameter 3 has one in every second step."""
+    """Parameters, and gradients that depend on the step alone; parameter 3 rests in every second step, or not."""
 
-    def __init__(self, device: SimulatedDevice | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, device: SimulatedDevice | None, dtype: torch.dtype = torch.float32, *, rests: bool = True
+    ) -> None:
         g = torch.Generator().manual_seed(0)
-        self.device = device
+        self.device, self.rests = device, rests
         self.params = [nn.Parameter(self.place(torch.randn(n, generator=g).to(dtype))) for n in SIZES]
 
     def place(self, t: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Model:
         g = torch.Generator().manual_seed(step + 1)
         for i, (p, n) in enumerate(zip(self.params, SIZES, strict=True)):
             grad = torch.randn(n, generator=g).to(p.dtype)
-            p.grad = None if i == 3 and step % 2 else self.place(grad)
+            p.grad = None if self.rests and i == 3 and step % 2 else self.place(grad)
 
     def train(self, optimizer: AdamW, steps: range) -> None:
         for step in steps:
@@ -71,8 +73,10 @@ class Model:
 
 
 @functools.cache
-def unpaged(bits: int, steps: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> dict[str, Tensor]:
-    model = Model(None, dtype)
+def unpaged(
+    bits: int, steps: int, dtype: torch.dtype = torch.float32, *, rests: bool = True, **kwargs: Any
+) -> dict[str, Tensor]:
+    model = Model(None, dtype, rests=rests)
     optimizer = AdamW(model.params, state_bits=bits, **kwargs)
     model.train(optimizer, range(steps))
     return model.outcome(optimizer)
@@ -96,18 +100,25 @@ frames = st.integers(2, 9)
 host_extents = st.integers(2, 20)
 
 
-@given(chosen=adversaries(), bits=st.sampled_from((32, 8)), frames=frames, file=st.booleans(), host=host_extents)
-def test_same_bits_in_every_order(chosen: Adversary, bits: int, frames: int, file: bool, host: int) -> None:
-    """And with pinned memory alone the host waits for nothing in a step."""
+@given(
+    chosen=adversaries(), bits=st.sampled_from((32, 8)), frames=frames, file=st.booleans(), host=host_extents,
+    rests=st.booleans(),
+)  # fmt: skip
+def test_same_bits_in_every_order(
+    chosen: Adversary, bits: int, frames: int, file: bool, host: int, rests: bool
+) -> None:
+    """With plans that serve again and without; and with pinned memory alone the host waits for nothing in a step."""
     with on_device(chosen, frames, file, host) as device:
-        model = Model(device)
+        model = Model(device, rests=rests)
         optimizer = SimulatedAdamW(model.params, device, state_bits=bits, **behind(file, host))
         model.train(optimizer, range(4))
+        assert optimizer._plan is not None
+        assert optimizer._plan._repeated != rests
         assert file or device.host_waits == 0
         stats = optimizer.paging_stats()
         found = model.outcome(optimizer)
         optimizer.close()
-    assert_equal(found, unpaged(bits, 4))
+    assert_equal(found, unpaged(bits, 4, rests=rests))
     assert stats.bytes_by_tier["cuda"] == stats.peak <= frames * EXTENT
     assert stats.misses > 0
     assert stats.extents >= STATES[bits]
