@@ -38,16 +38,17 @@ class NativePass:
         self, table: Sequence[Page], schedule: Schedule, free: Sequence[Tensor], slices: Mapping[int, tuple[int, int]]
     ) -> None:
         self._table = table
-        self._pages = np.zeros((len(table), _FIELDS), dtype=np.int64)
         self._frames: list[Tensor] = []
-        for e, page in enumerate(table):
-            self._pages[e, :_CHECKSUM] = -1, page.dirty, page.stored
+        rows = []
+        for page in table:
+            number = -1
             if page.frame is not None:
-                self._pages[e, _FRAME] = len(self._frames)
+                number = len(self._frames)
                 self._frames.append(page.frame)
+            rows.append((number, page.dirty, page.stored, 0, 0, 0))
+        self._pages = np.array(rows, dtype=np.int64).reshape(-1, _FIELDS)
         order = schedule.order
-        for e in order:
-            self._pages[e, _SLICES] = slices[e]
+        self._pages[order, _SLICES] = np.array([slices[e] for e in order], dtype=np.int64).reshape(-1, 2)
         # Frames that hold no extent of the pass; the last one is used first.
         spare = [*self._pages[schedule.idle, _FRAME].tolist(), *range(len(self._frames), len(self._frames) + len(free))]
         self._frames += free
@@ -62,12 +63,13 @@ class NativePass:
 
     def open(self, fd: int, extent_bytes: int, checksums: Mapping[int, int]) -> None:
         """Name the file and what it holds."""
-        self._sums[:] = [checksums.get(extent, 0) for extent in range(len(self._pages))]
+        self._sums()[:] = [checksums.get(extent, 0) for extent in range(len(self._pages))]
         self.pages.fd, self.pages.extent_bytes = fd, extent_bytes
 
     def checksums(self) -> dict[int, int]:
         """Those of the extents that the file holds now."""
-        return {e: int(self._sums[e]) for e in np.flatnonzero(self._pages[:, _STORED]).tolist()}
+        stored = np.flatnonzero(self._pages[:, _STORED])
+        return dict(zip(stored.tolist(), self._sums()[stored].tolist(), strict=True))
 
     def settle(self) -> list[Tensor]:
         """Note in the table where extents are now; answers the frames that hold none."""
@@ -78,6 +80,5 @@ class NativePass:
             used.add(number)
         return [frame for number, frame in enumerate(self._frames) if number not in used]
 
-    @property
     def _sums(self) -> NDArray[np.uint64]:
         return self._pages[:, _CHECKSUM].view(np.uint64)
