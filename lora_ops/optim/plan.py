@@ -61,31 +61,32 @@ class Plan:
         self._reusable = True
         self._repeated = False
         self._table: SliceTable | None = None
-        steps, row_of, constants = [], [], _Constants()
+        steps: list[int] = []
+        row_of: list[int] = []
+        rows: dict[tuple[int, int], int] = {}  # by group and step
         index = -1
-        for group in groups:
-            constants.begin(group)
+        for number, group in enumerate(groups):
             self._groups.append([])
             for p in group["params"]:
                 index += 1
                 address = 0 if is_sharded(p) else p.data_ptr()
-                its_state = state.get(p) if p.grad is None else state[p]
-                grad_dtype = None if p.grad is None else p.grad.dtype
+                grad_dtype, its_state = (None, state.get(p)) if p.grad is None else (p.grad.dtype, state[p])
                 self._groups[-1].append(Member(p, address, p.numel(), grad_dtype, its_state))
                 self._reusable &= not is_sharded(p)  # addresses are plain tensors'
-                if p.grad is not None:
-                    grad = _flat(_local_grad(index, p))
-                    param = _flat(local(p))
-                    steps.append(its_state.get("step", 0) + 1)
-                    row_of.append(constants.row(steps[-1]))
-                    self.indices.append(index)
-                    self._params.append(p)
-                    self._flat.append((param, grad))
-                    self._streams.append(index + (shard_number(p) << 20 if is_sharded(p) else 0))
-                    self._states.append(its_state)
-                    if self._reusable:  # and of a copy they say nothing
-                        self._reusable = (param.data_ptr(), grad.data_ptr()) == (address, p.grad.data_ptr())
-        self.values = StepValues([grad for _, grad in self._flat], steps, row_of, constants.rows, seed)
+                if p.grad is None:
+                    continue
+                grad, param = _flat(_local_grad(index, p)), _flat(local(p))
+                if self._reusable:  # and of a copy they say nothing
+                    self._reusable = (param.data_ptr(), grad.data_ptr()) == (address, p.grad.data_ptr())
+                steps.append(its_state.get("step", 0) + 1)
+                row_of.append(rows.setdefault((number, steps[-1]), len(rows)))
+                self.indices.append(index)
+                self._params.append(p)
+                self._flat.append((param, grad))
+                self._streams.append(index + (shard_number(p) << 20 if is_sharded(p) else 0))
+                self._states.append(its_state)
+        constants = [group_constants(step, groups[number]) for number, step in rows]
+        self.values = StepValues([grad for _, grad in self._flat], steps, row_of, constants, seed)
 
     def lay_out(self, slices: Mapping[int, Sequence[tuple[int, Segment]]]) -> None:
         """Take the slices, by extent."""
@@ -101,13 +102,13 @@ class Plan:
         """
         if not self._reusable or len(groups) != len(self._groups):
             return False
-        grads, steps, row_of, constants = [], [], [], _Constants()
+        grads, steps, row_of = [], [], []
+        rows: dict[tuple[int, int], int] = {}
         strided = torch.strided
-        for group, members in zip(groups, self._groups, strict=True):
+        for number, (group, members) in enumerate(zip(groups, self._groups, strict=True)):
             params, latest, row = group["params"], 0, 0
             if len(params) != len(members):
                 return False
-            constants.begin(group)
             for p, (known, address, numel, grad_dtype, its_state) in zip(params, members, strict=True):
                 grad = p.grad
                 if p is not known or (grad is None) != (grad_dtype is None) or state.get(p) is not its_state:
@@ -122,11 +123,12 @@ class Plan:
                     return False
                 step = its_state["step"] + 1
                 if step != latest:
-                    latest, row = step, constants.row(step)
+                    latest, row = step, rows.setdefault((number, step), len(rows))
                 grads.append(grad)
                 steps.append(step)
                 row_of.append(row)
-        self.values = StepValues(grads, steps, row_of, constants.rows, self._seed)
+        constants = [group_constants(step, groups[number]) for number, step in rows]
+        self.values = StepValues(grads, steps, row_of, constants, self._seed)
         self._repeated = True
         return True
 
@@ -175,23 +177,6 @@ class Plan:
             state["step"] = step
         increment_version(self._params)
         self.values, self._flat = _NO_VALUES, []
-
-
-class _Constants:
-    """Rows of the kernel's constants: one for each group and step that there is."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, ...]] = []
-
-    def begin(self, group: dict[str, Any]) -> None:
-        self._group, self._row_of = group, {}  # type: ignore[var-annotated]
-
-    def row(self, step: int) -> int:
-        """The row of a step in the group."""
-        if step not in self._row_of:
-            self._row_of[step] = len(self.rows)
-            self.rows.append(group_constants(step, self._group))
-        return self._row_of[step]
 
 
 def _flat(t: Tensor) -> Tensor:

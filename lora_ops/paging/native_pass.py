@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_ops.paging.schedule import Schedule
-from lora_ops.paging.table import Page
+from lora_ops.paging.schedule import Page, Schedule
 from lora_ops.runtime import native
 
 # Fields of lora_ops_page, 64 bits each.

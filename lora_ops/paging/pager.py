@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lora_ops.paging.errors import PagingError
 from lora_ops.paging.native_pass import NativePass
-from lora_ops.paging.schedule import Schedule, extents_ahead
+from lora_ops.paging.schedule import Page, Schedule, extents_ahead
 from lora_ops.paging.stats import PagerStats, PagingStats
-from lora_ops.paging.table import Page
 from lora_ops.paging.tiers import FileTier, Tier, Transfer
 
 

@@ -1,4 +1,4 @@
-"""The policy of pages, in one place: which extents of a pass come first, whose frame is next, how far to fetch ahead.
+"""The page table, and the policy of pages in one place: what comes first, whose frame is next, how far to fetch ahead.
 
 A pass touches every extent that it needs exactly once, and in which order is ours to choose. Extents that are already
 in a frame stay there until it has come to them; the others are streamed through a few frames, fetched ahead and written
@@ -12,11 +12,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lora_ops.paging.table import Page
+from torch import Tensor
 
 MAX_AHEAD = 8  # extents fetched ahead: enough to cover the jitter of a disk, and not a large part of the budget
 RESIDENT_BATCH = 4  # resident extents computed at a time while others stream
+
+
+@dataclass(slots=True)
+class Page:
+    """A row of the page table: where an extent is. One that neither a frame nor the tier holds is zeros."""
+
+    frame: Tensor | None = None
+    dirty: bool = False  # the frame holds what the tier does not
+    stored: bool = False  # the tier holds it
 
 
 def extents_ahead(n_frames: int) -> int:
