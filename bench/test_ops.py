@@ -45,10 +45,6 @@ def _cases() -> Iterator[Any]:
                 yield pytest.param(op, tokens, index, contender, id="-".join(part for part in label if part))
 
 
-def test_every_suite_is_here() -> None:
-    assert set(CASES) == set(SUITES)
-
-
 @pytest.mark.parametrize(("op", "tokens", "index", "contender"), _cases())
 def test_op(benchmark: Any, op: str, tokens: int | None, index: int, contender: str) -> None:
     """Time one contender of one comparison of an op."""

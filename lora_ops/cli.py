@@ -13,12 +13,6 @@ from lora_ops.runtime import crossovers, machine, native
 from lora_ops.runtime.backends import BACKENDS, current_backend
 from lora_ops.version import __version__
 
-# What the absence of a backend means to somebody on such a device.
-COSTS = {
-    "native": "CPU ops fall back to plain PyTorch and run several times slower (`make bench` measures it)",
-    "triton": "GPU ops fall back to plain PyTorch: pip install 'lora_ops[triton]'",
-    "cuda": "nothing: the Triton kernels serve instead",
-}
 EXTRAS = {
     "train": ("transformers", "peft", "trl", "datasets", "accelerate", "matplotlib"),
     "triton": ("triton",),
@@ -52,7 +46,7 @@ def doctor() -> str:
             note = f"instruction set {native.isa()}" if backend.name == "native" else ""
             lines.append(f"  ok       {backend.name:<10} {note}".rstrip())
         else:
-            cost = "" if reason == "no GPU" else f"\n{'':>22}costs: {COSTS[backend.name]}"
+            cost = "" if reason == "no GPU" else f"\n{'':>22}costs: {backend.cost}"
             lines.append(f"  missing  {backend.name:<10} {reason}{cost}")
     if torch.cuda.is_available():
         lines.append(f"routes by {crossovers.source(gpu)}; `python3 -m bench.gpu --tune` in a checkout measures them")

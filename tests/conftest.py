@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lora_ops
-from lora_ops.runtime import native
+from lora_ops.runtime.backends import BACKENDS
+from tests.cases import CPU_BACKENDS
 
 # No deadline: the first example pays for imports and code generation. Examples derive from the test, so CI repeats.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
@@ -57,10 +58,10 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every backend that this machine has."""
-    if request.param == "native" and (reason := native.unavailable_reason()):
-        pytest.skip(f"native backend: {reason}")
+    if reason := BACKENDS[request.param].unavailable():
+        pytest.skip(f"{request.param} backend: {reason}")
     with lora_ops.use_backend(request.param):
         yield request.param

@@ -193,7 +193,7 @@ def every_op() -> dict[str, tuple[Tensor, ...]]:
 
 def test_no_op_returns_a_view(backend: str) -> None:
     results = every_op()
-    assert set(results) == {name for name in OPS if not name.endswith(("_", "_out"))}
+    assert set(results) == {name for name in OPS if not name.endswith(("_", "_out"))}, "name a new op in every_op"
     for name, tensors in results.items():
         assert not [t.shape for t in tensors if t._is_view()], name
     memory = [t.untyped_storage().data_ptr() for tensors in results.values() for t in tensors]

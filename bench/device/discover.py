@@ -14,12 +14,11 @@ from lora_ops.runtime.dispatch import Op
 
 
 def registered_ops() -> Iterator[Op]:
-    """Every op of every folder in kernels/ and quant/ that has an op.py."""
+    """Every op of every folder below kernels/ and quant/ that has an op.py."""
     for family in (lora_ops.kernels, lora_ops.quant):
-        for folder in sorted(pkgutil.iter_modules(family.__path__), key=lambda info: info.name):
-            name = f"{family.__name__}.{folder.name}.op"
-            if folder.ispkg and importlib.util.find_spec(name):
-                yield from (v for v in vars(importlib.import_module(name)).values() if isinstance(v, Op))
+        folders = pkgutil.walk_packages(family.__path__, f"{family.__name__}.")
+        for name in sorted(info.name for info in folders if info.name.endswith(".op")):
+            yield from (v for v in vars(importlib.import_module(name)).values() if isinstance(v, Op))
 
 
 def backends_of(op: Op, device_type: str) -> dict[str, str | None]:

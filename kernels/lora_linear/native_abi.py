@@ -8,7 +8,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32,
 import torch
 from torch import Tensor
 
-from lora_ops.quant.nf4.native import WeightView
+from lora_ops.quant.nf4.native_abi import WeightView
 from lora_ops.runtime import native
 
 

@@ -19,7 +19,7 @@ from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
@@ -41,10 +41,10 @@ def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.Adapte
     )
 
 
-def _weight(weight: Tensor | FrozenTensor) -> nf4_native.WeightView | None:
+def _weight(weight: Tensor | FrozenTensor) -> nf4_abi.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
-        return nf4_native.weight_of(weight).operand
+        return nf4_abi.weight_of(weight).operand
     weight = cast(Tensor, weight)
     if weight.stride(1) == 1 and native_abi.takes_dense(weight.dtype):
         return native_abi.dense_view(weight)

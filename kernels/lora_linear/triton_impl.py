@@ -10,8 +10,9 @@ Passes over an activation beside those of the frozen layer (its own GEMM forward
     together                                        3                    7
 
 β=1 route: the low-rank term and the bias are summed in float32 and rounded once, cuBLAS adds the base product to them
-in its accumulator and rounds once more. K-step route: everything in one accumulator, one rounding. dS itself is never
-formed: scale (and keep_scale) multiply float32 sums, so that operands carry one rounding each. Here `ds` is dS / scale.
+in its accumulator and rounds once more. K-step route: everything in one accumulator, one rounding; not taken until a
+GPU has been measured (runtime/crossovers.py). dS itself is never formed: scale (and keep_scale) multiply float32 sums,
+so that operands carry one rounding each. Here `ds` is dS / scale.
 An NF4 weight is multiplied by nf4_linear's kernels, which add to the low-rank term likewise.
 """
 
@@ -35,7 +36,7 @@ from lora_ops.kernels.lora_linear.triton_skinny import (
 )
 from lora_ops.quant.frozen import FrozenTensor, declines_format
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4.linear import triton_impl as nf4
+from lora_ops.quant.nf4.linear import triton_impl as nf4_linear
 from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output
@@ -51,7 +52,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
     (n, _), r = weight.shape, adapter.lora_a.shape[0]
-    x2 = nf4.as_rows(x)
+    x2 = nf4_linear.as_rows(x)
     bias = None if bias is None else bias.contiguous()
     scale = scale_argument(adapter.scale, x.device)
     s = reduce_rows(x2, _loadable(adapter.lora_a), Dropout.of(adapter.dropout_p, adapter.seed))
@@ -72,11 +73,11 @@ def lora_linear_backward(
     scale, dropout = scale_argument(adapter.scale, dy.device), Dropout.of(adapter.dropout_p, adapter.seed)
     lora_a, lora_b = _loadable(adapter.lora_a), _loadable(adapter.lora_b)
     a_dtype, b_dtype = adapter.lora_a.dtype, adapter.lora_b.dtype
-    dy2 = nf4.as_rows(dy)
+    dy2 = nf4_linear.as_rows(dy)
     ds = dx = dlora_a = dlora_b = dbias = None
     sum_dtype = dy.dtype if needs.bias else None
     if needs.lora_b and s is not None:
-        s2 = nf4.as_rows(s).contiguous()
+        s2 = nf4_linear.as_rows(s).contiguous()
         if (needs.x or needs.lora_a) and reads_once(dy.dtype, lora_b.shape[1]):
             ds, dlora_b, dbias = reduce_both(dy2, lora_b, s2, scale, b_dtype, sum_dtype=sum_dtype)
         else:
@@ -86,7 +87,7 @@ def lora_linear_backward(
     if ds is None and (needs.x or needs.lora_a):
         ds = reduce_rows(dy2, lora_b.T, NO_DROPOUT)  # [M, N] @ [N, R] -> [M, R]
     if needs.lora_a and x is not None and ds is not None:
-        dlora_a, _ = reduce_columns(nf4.as_rows(x), ds, dropout, scale, a_dtype, rank_first=True)
+        dlora_a, _ = reduce_columns(nf4_linear.as_rows(x), ds, dropout, scale, a_dtype, rank_first=True)
     if needs.x and ds is not None:
         dx = _with_base(dy2, weight, ds, lora_a.T, None, scale, dropout, transposed=False)
         dx = as_output(dx, (*dy.shape[:-1], lora_a.shape[1]))
@@ -111,7 +112,7 @@ def _with_base(
             return lora_gemm(x, w, s, lora_b, bias, scale, dropout)
         return expand(s, lora_b, bias, scale, dropout, x.dtype).addmm_(x, w.T)
     y = expand(s, lora_b, bias, scale, dropout, x.dtype)
-    return nf4.matmul(x, cast(NF4Tensor, weight), transposed=transposed, add_to=y)
+    return nf4_linear.matmul(x, cast(NF4Tensor, weight), transposed=transposed, add_to=y)
 
 
 def _loadable(t: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 Imports torch only: peft and transformers are imported when a function needs them.
 """
 
-from lora_ops.injection.inject import InjectionError, eject, inject
-from lora_ops.injection.merge import merge
-from lora_ops.injection.quantize import quantize
+from lora_ops.injection._inject import InjectionError, eject, inject
+from lora_ops.injection._merge import merge
+from lora_ops.injection._quantize import quantize
 from lora_ops.injection.report import InjectionReport, LayerReport, injection_report
 
 __all__ = [

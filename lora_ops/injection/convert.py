@@ -1,6 +1,6 @@
 """The base layers of a model's adapters in NF4: from dense weights, and from bitsandbytes' layers over the same bytes.
 
-Imports peft: only `inject` imports this file, when called.
+Imports peft: imported only when `inject` or `quantize` is called.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What of a model is drawn anew, such as a classification head: it is trained whole, saved, and never quantized.
 
 Found by looking: transformers marks each parameter that it loads; where nothing is marked, the modules beside the
-backbone tell. Imports peft and transformers: only `inject` imports this file, when called.
+backbone tell. Imports peft and transformers: imported only when `inject` or `quantize` is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with their forward on `lora_linear`. Imports peft: only `inject` imports this file, when called.
+"""PEFT's LoRA layers with their forward on `lora_linear`. It is imported only when `inject` or `quantize` is called.
 
 The classes hold no state that PEFT's do not: `inject` assigns `module.__class__`, so that names, Parameters, hooks and
 optimizer references stay what they are, and `eject` assigns it back. Whatever is not plain LoRA runs PEFT's own math.

@@ -1,4 +1,4 @@
-"""Which linear layers stay out of NF4, and why. Imports peft: only `inject` imports this file, when called."""
+"""Which linear layers stay out of NF4, and why. Imports peft: imported only when `inject` or `quantize` is called."""
 
 from __future__ import annotations
 

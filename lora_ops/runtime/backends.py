@@ -18,13 +18,15 @@ _chosen: list[str] = []  # by `use_backend`, innermost last; process-wide as tra
 class Backend:
     """A way to run ops: `module` is the file in an op's folder, `unavailable` says why it cannot run here, or None.
 
-    One that is not `automatic` serves only where it is asked for by name.
+    `cost` tells somebody on such a device what its absence means. One that is not `automatic` serves only where it is
+    asked for by name.
     """
 
     name: str
     module: str
     device_types: tuple[str, ...]  # empty: every device
     unavailable: Callable[[], str | None]
+    cost: str = ""
     automatic: bool = True
 
 
@@ -37,10 +39,28 @@ def _triton_unavailable() -> str | None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        # Until a GPU has verified and timed it.
-        Backend("cuda", "cuda_impl", ("cuda",), cuda.unavailable_reason, automatic=False),
-        Backend("triton", "triton_impl", ("cuda",), _triton_unavailable),
-        Backend("native", "native_impl", ("cpu",), native.unavailable_reason),
+        Backend(
+            "cuda",
+            "cuda_impl",
+            ("cuda",),
+            cuda.unavailable_reason,
+            cost="nothing: the Triton kernels serve instead",
+            automatic=False,  # until a GPU has verified and timed it
+        ),
+        Backend(
+            "triton",
+            "triton_impl",
+            ("cuda",),
+            _triton_unavailable,
+            cost="GPU ops fall back to plain PyTorch: pip install 'lora_ops[triton]'",
+        ),
+        Backend(
+            "native",
+            "native_impl",
+            ("cpu",),
+            native.unavailable_reason,
+            cost="CPU ops fall back to plain PyTorch and run several times slower (`make bench` measures it)",
+        ),
         Backend("reference", "reference", (), lambda: None),
     )
 }
@@ -64,7 +84,7 @@ def use_backend(name: str) -> Iterator[None]:
     dtype and shape. Without a context the environment variable LORA_OPS_BACKEND decides, "auto" by default.
 
     Args:
-        name: "reference", "native", "triton", "cuda" or "auto".
+        name: of `BACKENDS`, or "auto".
 
     Raises:
         ValueError: if there is no backend of that name.

@@ -92,6 +92,7 @@ class NF4Tensor(FrozenTensor):
     @classmethod
     def encode(cls, w: Tensor) -> NF4Tensor:
         """See `lora_ops.functional.quantize_nf4`."""
+        # Here and below: the codec's files import this one.
         from lora_ops.quant.nf4.codec import quantize_nf4
 
         return quantize_nf4(w)

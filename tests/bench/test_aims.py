@@ -79,6 +79,6 @@ def test_the_report_shows_them() -> None:
     run = Run("gpu", aims=judge([_row("nf4_linear", "lora_ops", 1, 1.0, 1.0)]))
     about = {"cpu": "c", "cores": 1, "threads": 1, "cpu_capability": "", "load_at_start": 0, "native": "", "date": "",
              "command": "", "commit": "", "versions": {}}  # fmt: skip
-    text = markdown(about, [run], [])
+    text = markdown(about, [run])
     assert "| nf4_linear, M = 1, times as fast as dense | ≥ 2 | 1 | 1 | **missed** |" in text
     assert text.count("| unmeasured |") == len(AIMS) - 1

@@ -316,3 +316,10 @@ def test_discovery_finds_the_ops_and_their_backends() -> None:
     for op in ops.values():
         assert backends_of(op, "cuda")["reference"] is None, op.name
         assert "native" not in backends_of(op, "cuda")
+
+
+def test_every_suite_is_one_of_pytest_benchmark() -> None:
+    from bench.suites import SUITES
+    from bench.test_ops import CASES
+
+    assert set(CASES) == set(SUITES), "name a new suite in CASES of bench/test_ops.py"

@@ -16,7 +16,7 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.philox import dropout_mask, keep_scale, threshold
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.runtime import native
 from tests.cases import LinearCase, assert_right, run_ours
 
@@ -100,7 +100,7 @@ class Operands:
             y[:], dx[:], bias = torch.nan, torch.nan, self.bias
             dense = self.weight == "dense"
             w = guarded(self.w)
-            weight = native_abi.dense_view(w) if dense else nf4_native.weight_of(self.q).operand
+            weight = native_abi.dense_view(w) if dense else nf4_abi.weight_of(self.q).operand
         native_abi.forward(low_rank, x, s, y, weight, bias)
         da, db = torch.full_like(self.a, torch.nan), torch.full_like(self.b, torch.nan)
         dbias = torch.full((self.n,), torch.nan, dtype=self.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.codec import native_impl
 from lora_ops.quant.nf4.codec.reference import absmax_of
 from lora_ops.runtime import native
@@ -20,9 +20,9 @@ THRESHOLDS = (CODE[:-1] + CODE[1:]) / np.float32(2)
 GUARD = 64  # bytes on both sides of an output that must stay untouched
 
 
-def view(packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> nf4_native.NF4Weight:
+def view(packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> nf4_abi.NF4Weight:
     """The C view of a flat weight."""
-    return nf4_native.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=block_size)
+    return nf4_abi.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=block_size)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     n_bytes, n_blocks = (w.numel() + 1) // 2, -(-w.numel() // block_size)
     packed = torch.full((n_bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)
     absmax = torch.full((n_blocks + 2 * GUARD,), torch.nan)
-    nf4_native.quantize(w, block_size, packed[GUARD:], absmax[GUARD:])
+    nf4_abi.quantize(w, block_size, packed[GUARD:], absmax[GUARD:])
     assert (packed[:GUARD] == 0xA5).all()
     assert (packed[GUARD + n_bytes :] == 0xA5).all()
     assert absmax[:GUARD].isnan().all()
@@ -125,7 +125,7 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def test_code_book_is_the_one_of_python() -> None:
-    assert nf4_native.code() == NF4_CODE
+    assert nf4_abi.code() == NF4_CODE
 
 
 @given(cases)
@@ -221,7 +221,7 @@ def test_dequantize_of_any_range(
     packed = torch.randint(0, 256, ((end + 1) // 2,), dtype=torch.uint8, generator=g)
     absmax = torch.randn(end // block_size + 1, generator=g)
     buffer = torch.full((end - begin + 2 * GUARD,), torch.nan, dtype=dtype)
-    nf4_native.dequantize(view(packed, absmax, block_size), begin, end, buffer[GUARD:])
+    nf4_abi.dequantize(view(packed, absmax, block_size), begin, end, buffer[GUARD:])
     expected = dequantize_exactly(packed, absmax, block_size, end, dtype)[begin:]
     assert_same_bytes(buffer[GUARD : GUARD + end - begin], expected)
     assert buffer[:GUARD].isnan().all()
@@ -241,10 +241,10 @@ def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype) -> None:
     n = absmax.numel() * 32
     packed = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=g)
     out = torch.empty(n, dtype=dtype)
-    nf4_native.dequantize(view(packed, absmax, 32), 0, n, out)
+    nf4_abi.dequantize(view(packed, absmax, 32), 0, n, out)
     assert_same_values(out, dequantize_exactly(packed, absmax, 32, n, dtype))
     shifted = torch.empty(n - 1, dtype=dtype)  # odd begin: other elements take the scalar path
-    nf4_native.dequantize(view(packed, absmax, 32), 1, n, shifted)
+    nf4_abi.dequantize(view(packed, absmax, 32), 1, n, shifted)
     assert_same_bytes(shifted, out[1:])
 
 
@@ -259,9 +259,9 @@ def test_dequantize_nested(isa: str, dtype: torch.dtype, begin: int) -> None:
     offset = torch.tensor(0.123456)
     scaled = dynamic_map(True)[codes.int()] * nested_absmax.repeat_interleave(256)[:301]
     absmax = scaled + offset
-    weight = nf4_native.weight_of(NF4Tensor(packed, codes, (n,), torch.float32, block_size, nested_absmax, offset))
+    weight = nf4_abi.weight_of(NF4Tensor(packed, codes, (n,), torch.float32, block_size, nested_absmax, offset))
     out = torch.full((n - begin,), torch.nan, dtype=dtype)
-    nf4_native.dequantize(weight, begin, n, out)
+    nf4_abi.dequantize(weight, begin, n, out)
     assert_same_bytes(out, dequantize_exactly(packed, absmax, block_size, n, dtype)[begin:])
 
 
@@ -274,7 +274,7 @@ def test_threads_do_not_change_bytes(isa: str, dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
         packed, absmax = quantize(w, 128)
         out = torch.empty(100_000, dtype=dtype)
-        nf4_native.dequantize(view(packed, absmax, 128), 3, 100_003, out)
+        nf4_abi.dequantize(view(packed, absmax, 128), 3, 100_003, out)
         results.append((packed, absmax, out))
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -289,7 +289,7 @@ def test_decode_a_part(isa: str, k: int) -> None:
     q = NF4Tensor(packed, absmax, (50, k), torch.float32, 64)
     everything = native_impl.dequantize_nf4(q, torch.bfloat16)
     panel = torch.full((7, k), torch.nan, dtype=torch.bfloat16)
-    nf4_native.dequantize(nf4_native.weight_of(q), 13 * k, 20 * k, panel)
+    nf4_abi.dequantize(nf4_abi.weight_of(q), 13 * k, 20 * k, panel)
     assert_same_bytes(panel, everything[13:20])
 
 
@@ -320,7 +320,7 @@ def test_quantize_transposed(isa: str, case: tuple, kind: str) -> None:
     packed = torch.full((n_bytes + 2 * GUARD,), 0xA5, dtype=torch.uint8)
     absmax = torch.full((n_blocks + 2 * GUARD,), torch.nan)
     torch.set_num_threads(threads)
-    nf4_native.quantize_transposed(w.t().contiguous(), block_size, packed[GUARD:], absmax[GUARD:])
+    nf4_abi.quantize_transposed(w.t().contiguous(), block_size, packed[GUARD:], absmax[GUARD:])
     torch.set_num_threads(1)
     expected_packed, expected_absmax = quantize(w.contiguous(), block_size)
     assert_same_bytes(packed[GUARD : GUARD + n_bytes].view(-1, 1), expected_packed)
@@ -344,7 +344,7 @@ def test_quantize_makes_no_copy_of_a_transpose(isa: str, monkeypatch: pytest.Mon
     w = torch.randn(80, 96)
     expected = native_impl.quantize_nf4(w.t().contiguous(), 64)
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("a dense copy was made"))
-    monkeypatch.setattr(nf4_native, "quantize", None)
+    monkeypatch.setattr(nf4_abi, "quantize", None)
     for a, b in zip(native_impl.quantize_nf4(w.t(), 64), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -367,7 +367,7 @@ def test_dequantize_transposed(isa: str, case: tuple) -> None:
     q = random_weight(n, k, block_size, nested, torch.Generator().manual_seed(seed))
     buffer = torch.full((n * k + 2 * GUARD,), torch.nan, dtype=dtype)
     torch.set_num_threads(threads)
-    nf4_native.dequantize_transposed(nf4_native.weight_of(q), buffer[GUARD : GUARD + n * k].view(k, n))
+    nf4_abi.dequantize_transposed(nf4_abi.weight_of(q), buffer[GUARD : GUARD + n * k].view(k, n))
     torch.set_num_threads(1)
     expected = dequantize_exactly(q.packed, absmax_of(q), block_size, n * k, dtype).view(n, k)
     assert_same_bytes(buffer[GUARD : GUARD + n * k].view(k, n), expected.t())
@@ -384,7 +384,7 @@ def test_dequantize_transposed_of_large_weights(
     k = 1027
     q = random_weight(n, k, 64, nested, torch.Generator().manual_seed(n))
     out = torch.full((k, n), torch.nan, dtype=dtype)
-    nf4_native.dequantize_transposed(nf4_native.weight_of(q), out)
+    nf4_abi.dequantize_transposed(nf4_abi.weight_of(q), out)
     assert_same_bytes(out, dequantize_exactly(q.packed, absmax_of(q), 64, n * k, dtype).view(n, k).t())
 
 
@@ -409,8 +409,8 @@ def test_bad_arguments_are_refused() -> None:
     assert lib.lora_ops_nf4_quantize(w.data_ptr(), 0, 64, 64, *pointers, 0) == bad
     assert lib.lora_ops_nf4_quantize(None, 0, 64, 64, *pointers, 1) == bad
     with pytest.raises(native.NativeError, match="nf4_dequantize"):
-        nf4_native.dequantize(view(packed, absmax, 64), 5, 4, w)
+        nf4_abi.dequantize(view(packed, absmax, 64), 5, 4, w)
     with pytest.raises(native.NativeError, match="nf4_quantize_transposed"):
-        nf4_native.quantize_transposed(w.view(8, 8), 48, packed, absmax)
+        nf4_abi.quantize_transposed(w.view(8, 8), 48, packed, absmax)
     with pytest.raises(native.NativeError, match="nf4_dequantize_transposed"):
-        nf4_native.dequantize_transposed(view(packed, absmax, 48), w.view(8, 8))
+        nf4_abi.dequantize_transposed(view(packed, absmax, 48), w.view(8, 8))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.codec.reference import absmax_of
-from lora_ops.quant.nf4.native import weight_of
+from lora_ops.quant.nf4.native_abi import weight_of
 from lora_ops.runtime import native
 from tests.cases import LinearCase, LinearInputs, assert_right
 
@@ -54,9 +54,9 @@ def product(
 ) -> Tensor:
     out, buffer = guarded(x.shape[0], q.shape[1] if dx else q.shape[0], gap, offset, x.dtype)
     if dx:
-        nf4_native.linear_dx(weight_of(q), x, out)
+        nf4_abi.linear_dx(weight_of(q), x, out)
     else:
-        nf4_native.linear(weight_of(q), x, bias, out)
+        nf4_abi.linear(weight_of(q), x, bias, out)
     written = torch.zeros_like(buffer, dtype=torch.bool)
     written.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
     assert (buffer[~written] == GUARD).all()
@@ -218,14 +218,14 @@ def test_blocks_may_straddle_tasks(m: int) -> None:
     w = torch.randn(n, k)
     packed = torch.empty(n * k // 2, dtype=torch.uint8)
     absmax = torch.empty(n * k // block_size)
-    nf4_native.quantize(w, block_size, packed, absmax)
-    weight = nf4_native.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=block_size)
+    nf4_abi.quantize(w, block_size, packed, absmax)
+    weight = nf4_abi.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=block_size)
     dense = torch.empty(n, k)
-    nf4_native.dequantize(weight, 0, n * k, dense)
+    nf4_abi.dequantize(weight, 0, n * k, dense)
 
     columns = torch.linspace(0, k - 1, m).long()
     x, y = 3 * torch.eye(k, dtype=torch.bfloat16)[columns], torch.empty(m, n, dtype=torch.bfloat16)
-    nf4_native.linear(weight, x, None, y)
+    nf4_abi.linear(weight, x, None, y)
     assert torch.equal(y, 3 * dense.bfloat16()[:, columns].T)
 
 

@@ -16,10 +16,8 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.frozen import operands
-from lora_ops.runtime import native
-from tests.cases import LinearCase, LinearInputs, assert_right, run_ours
+from tests.cases import BACKENDS, LinearCase, LinearInputs, assert_right, run_ours
 
-BACKENDS = ["reference", *(["native"] if native.available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 cases = st.builds(

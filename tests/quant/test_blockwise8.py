@@ -13,8 +13,7 @@ import lora_ops
 from lora_ops.functional import dequantize_blockwise8, quantize_blockwise8
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
-
-BACKENDS = ["reference", *(["native"] if native.available() else [])]
+from tests.cases import BACKENDS
 
 
 def nearest(v: float, table: list[Fraction]) -> int:
@@ -60,7 +59,7 @@ def test_backends_agree_bit_for_bit() -> None:
         pytest.skip(f"native backend: {reason}")
     x = torch.randn(100_003) * torch.logspace(-30, 30, 100_003)
     results = []
-    for name in ("reference", "native"):
+    for name in BACKENDS:
         with lora_ops.use_backend(name):
             codes, absmax = quantize_blockwise8(x)
             results.append((codes, absmax, dequantize_blockwise8(codes, absmax)))

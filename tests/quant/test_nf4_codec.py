@@ -16,10 +16,9 @@ from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor, nf4_thresholds
-from lora_ops.runtime import native
+from tests.cases import BACKENDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ["reference", *(["native"] if native.available() else [])]
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 shapes = st.lists(st.integers(0, 70), min_size=1, max_size=3).map(tuple)

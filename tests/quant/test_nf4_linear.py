@@ -13,10 +13,8 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, nf4_linear, quantize_nf4
 from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES
-from lora_ops.runtime import native
-from tests.cases import LinearCase, assert_right, run_ours
+from tests.cases import BACKENDS, LinearCase, assert_right, run_ours
 
-BACKENDS = ["reference", *(["native"] if native.available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 cases = st.builds(

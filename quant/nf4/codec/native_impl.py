@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.runtime import native
 
 
@@ -19,9 +19,9 @@ def quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     if w.dim() == 2 and not w.is_contiguous() and w.t().is_contiguous():
-        nf4_native.quantize_transposed(w.t(), block_size, packed, absmax)
+        nf4_abi.quantize_transposed(w.t(), block_size, packed, absmax)
     else:
-        nf4_native.quantize(w.contiguous(), block_size, packed, absmax)
+        nf4_abi.quantize(w.contiguous(), block_size, packed, absmax)
     return packed, absmax
 
 
@@ -31,9 +31,9 @@ def dequantize_nf4(q: NF4Tensor, dtype: torch.dtype, out: Tensor | None = None) 
     if out is None:
         out = torch.empty(q.shape, dtype=dtype)
     if out.is_contiguous():
-        nf4_native.dequantize(nf4_native.weight_of(q), 0, out.numel(), out)
+        nf4_abi.dequantize(nf4_abi.weight_of(q), 0, out.numel(), out)
     else:
-        nf4_native.dequantize_transposed(nf4_native.weight_of(q), out.t())
+        nf4_abi.dequantize_transposed(nf4_abi.weight_of(q), out.t())
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4 import native as nf4_native
+from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
@@ -30,7 +30,7 @@ def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     else:  # of its own shape from the start, and so no view: see as_output
         y = torch.empty(*x.shape[:-1], q.shape[0], dtype=x.dtype)
         y2 = y.view(x2.shape[0], q.shape[0])
-    nf4_native.linear(nf4_native.weight_of(q), x2, None if bias is None else bias.contiguous(), y2)
+    nf4_abi.linear(nf4_abi.weight_of(q), x2, None if bias is None else bias.contiguous(), y2)
     return y
 
 
@@ -38,7 +38,7 @@ def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     dy2 = _rows(dy)
     dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
-    nf4_native.linear_dx(nf4_native.weight_of(q), dy2, dx)
+    nf4_abi.linear_dx(nf4_abi.weight_of(q), dy2, dx)
     return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], q.shape[1]))
 
 

@@ -4,7 +4,7 @@
     nf4_gemm    y = x Wᵀ + b, dX = dY W            # decodes each tile in the loop; sums split in a fixed order
 
 A GEMV of [14336, 4096] reads 33 MB (4.5 bits a weight), 6.9 µs at 4.8 TB/s, and has 3 lane instructions a weight to
-spend (facts.md §3); decoding to fp32 takes 5.6 alone, so it is instruction-bound. The GEMM does 2 M FLOPs a weight,
+spend; decoding to fp32 takes 5.6 alone, so it is instruction-bound. The GEMM does 2 M FLOPs a weight,
 and for M <= 64 decoding bounds it too: W is read and decoded once for every block_m tokens.
 """
 

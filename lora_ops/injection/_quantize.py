@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_ops.injection.inject import require
+from lora_ops.injection._inject import require
 from lora_ops.nn import check_quantize
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ops.injection.inject import require
+from lora_ops.injection._inject import require
 from lora_ops.nn import LoRALinear, NF4Linear, is_conv1d
 from lora_ops.runtime.checks import dtype_name
 
