@@ -22,14 +22,17 @@ from lora_ops.functional import lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
-from lora_ops.runtime import backends
-from lora_ops.runtime.backends import use_backend
+from lora_ops.runtime.backends import BACKENDS, use_backend
 from tests.tolerance import Error, Truth, assert_within, compare
 
 Results = Mapping[str, Tensor]
 
 CPU_BACKENDS = ("reference", "native")
-BACKENDS = [name for name in CPU_BACKENDS if backends.BACKENDS[name].unavailable() is None]  # on this machine
+
+
+def backends_here() -> list[str]:
+    """Those of CPU_BACKENDS that this machine has."""
+    return [name for name in CPU_BACKENDS if BACKENDS[name].unavailable() is None]
 
 
 @dataclass(frozen=True)

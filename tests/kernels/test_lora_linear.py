@@ -16,7 +16,7 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.frozen import operands
-from tests.cases import BACKENDS, LinearCase, LinearInputs, assert_right, run_ours
+from tests.cases import LinearCase, LinearInputs, assert_right, backends_here, run_ours
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ cases = st.builds(
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 class TestAgainstFloat64:
     @given(case=cases)
     def test_drawn(self, backend: str, case: LinearCase) -> None:

@@ -13,7 +13,7 @@ import lora_ops
 from lora_ops.functional import dequantize_blockwise8, quantize_blockwise8
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
-from tests.cases import BACKENDS
+from tests.cases import backends_here
 
 
 def nearest(v: float, table: list[Fraction]) -> int:
@@ -34,7 +34,7 @@ def test_values_at_the_midpoints(backend: str, signed: bool) -> None:
     assert codes.tolist() == [nearest(v, table) for v in x.tolist()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 @given(
     n=st.integers(0, 700), block_size=st.sampled_from([1, 7, 64, 256]), signed=st.booleans(), seed=st.integers(0, 99)
 )
@@ -59,7 +59,7 @@ def test_backends_agree_bit_for_bit() -> None:
         pytest.skip(f"native backend: {reason}")
     x = torch.randn(100_003) * torch.logspace(-30, 30, 100_003)
     results = []
-    for name in BACKENDS:
+    for name in backends_here():
         with lora_ops.use_backend(name):
             codes, absmax = quantize_blockwise8(x)
             results.append((codes, absmax, dequantize_blockwise8(codes, absmax)))

@@ -16,7 +16,7 @@ from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor, nf4_thresholds
-from tests.cases import BACKENDS
+from tests.cases import backends_here
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -58,7 +58,7 @@ def truth(q: NF4Tensor) -> torch.Tensor:
     return torch.from_numpy(value.astype(np.float32)).view(q.shape)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 class TestAgainstBitsandbytes:
     @given(
@@ -110,7 +110,7 @@ class TestAgainstBitsandbytes:
             assert (q.absmax.int() - state.absmax.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 class TestDequantize:
     @given(

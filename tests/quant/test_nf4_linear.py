@@ -13,7 +13,7 @@ import lora_ops
 from lora_ops.functional import dequantize_nf4, nf4_linear, quantize_nf4
 from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES
-from tests.cases import BACKENDS, LinearCase, assert_right, run_ours
+from tests.cases import LinearCase, assert_right, backends_here, run_ours
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +33,7 @@ cases = st.builds(
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 class TestAgainstFloat64:
     @given(case=cases)
     def test_drawn(self, backend: str, case: LinearCase) -> None:
