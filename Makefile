@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CSRC := $(wildcard csrc/include/*.h csrc/cpu/*)
+CSRC := $(wildcard csrc/include/*.h csrc/cpu/*/*)
 # Sleeping OpenMP threads: spinning ones starve each other on a busy machine (a training step took 12 times as long).
 export OMP_WAIT_POLICY ?= PASSIVE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

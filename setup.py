@@ -37,15 +37,11 @@ AVX512_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-# Each instruction set is one source file; the choice between them is made at run time.
-X86_SOURCES = {
-    "avx2.cpp": AVX2_FLAGS,
-    "avx512.cpp": AVX512_FLAGS,
-    "blockwise8_vbmi.cpp": [*AVX512_FLAGS, "-mavx512vbmi"],
-    "avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
-    "lora_avx2.cpp": AVX2_FLAGS,
-    "lora_avx512.cpp": AVX512_FLAGS,
-    "lora_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
+# A source named after an instruction set is compiled for it, the others for every machine; the choice is made at run time.
+X86_FLAGS = {
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
 # Each runs on its successors of the same generation; PTX of the last one serves what comes after.
 CUDA_ARCHITECTURES = os.environ.get("LORA_OPS_CUDA_ARCHITECTURES", "80,89,90,100,120").split(",")
@@ -82,7 +78,7 @@ class BuildNative(build_ext):
 
     def _build(self, library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
-        flags = [*FLAGS, f"-I{ROOT / 'csrc/include'}"]
+        flags = [*FLAGS, f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / SOURCE_DIR}"]
         if IS_X86:
             flags.append("-DLORA_OPS_X86")
         user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -92,11 +88,11 @@ class BuildNative(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
 
         objects = []
-        for source in sorted((ROOT / SOURCE_DIR).glob("*.cpp")):
-            if source.name in X86_SOURCES and not IS_X86:
+        for source in sorted((ROOT / SOURCE_DIR).glob("*/*.cpp")):
+            if source.stem in X86_FLAGS and not IS_X86:
                 continue
-            objects.append(str(objects_dir / f"{source.stem}.o"))
-            isa_flags = X86_SOURCES.get(source.name, [])
+            objects.append(str(objects_dir / f"{source.parent.name}_{source.stem}.o"))
+            isa_flags = X86_FLAGS.get(source.stem, [])
             self._run([*compiler, *flags, *openmp, *user_flags, *isa_flags, "-c", str(source), "-o", objects[-1]])
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         self._run([*compiler, "-shared", "-o", str(library), *objects, *openmp, *link_flags])

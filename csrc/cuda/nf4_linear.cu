@@ -13,7 +13,7 @@
 #include "lora_ops_cuda.h"
 
 #include "device.h"
-#include "../cpu/nf4_table.h"
+#include "../cpu/nf4/table.h"
 
 namespace lora_ops {
 namespace {

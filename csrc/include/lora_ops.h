@@ -68,9 +68,9 @@ typedef struct {
  * (k / 8, m, offset, 0) gives it a 16-bit lane of at least threshold (0: no dropout), and then scaled so that the mean
  * stays; see kernels/philox/reference.py. */
 typedef struct {
-    const void* a; /* A [r, k], contiguous */
-    const void* b; /* B [n, r], contiguous */
-    int a_dtype, b_dtype;
+    const void* lora_a; /* A [r, k], contiguous */
+    const void* lora_b; /* B [n, r], contiguous */
+    int lora_a_dtype, lora_b_dtype;
     int64_t n, k, r;
     float scale;
     uint32_t threshold; /* <= 65536 */
@@ -184,13 +184,13 @@ LORA_OPS_API int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lo
                                        const void* bias, const void* x, int64_t m, int64_t stride_x, float* s, void* y,
                                        int64_t stride_y, int dtype, int n_threads);
 
-/* With ds = scale dy B: dx [m, k] = dy W + drop(ds A), or without a weight dx += drop(ds A); da [r, k] = dsᵀ drop(x) and
- * db [n, r] = scale dyᵀ s of A's and B's dtypes, dbias [n] = sum of dy's rows. A null output is not computed; x serves da
- * only, s db only. */
+/* With ds = scale dy B: dx [m, k] = dy W + drop(ds A), or without a weight dx += drop(ds A); dlora_a [r, k] = dsᵀ drop(x)
+ * and dlora_b [n, r] = scale dyᵀ s of A's and B's dtypes, dbias [n] = sum of dy's rows. A null output is not computed; x
+ * serves dlora_a only, s dlora_b only. */
 LORA_OPS_API int lora_ops_lora_backward(const lora_ops_adapter* adapter, const lora_ops_weight* weight, const void* dy,
                                         int64_t m, int64_t stride_dy, const void* x, int64_t stride_x, const float* s,
-                                        void* dx, int64_t stride_dx, void* da, void* db, void* dbias, int dtype,
-                                        int n_threads);
+                                        void* dx, int64_t stride_dx, void* dlora_a, void* dlora_b, void* dbias,
+                                        int dtype, int n_threads);
 
 /* Rows [first_row, first_row + rows) of the mask: bit j of byte i of a row's ceil(k / 8) belongs to column 8 i + j. */
 LORA_OPS_API int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, int64_t first_row,

@@ -1,4 +1,4 @@
-"""AdamW's update in C++ on the CPU, all slices in one call: csrc/cpu/adamw.inl."""
+"""AdamW's update in C++ on the CPU, all slices in one call: csrc/cpu/adamw."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ class AdapterView(Structure):
     """`lora_ops_adapter`: pointers into tensors, which the caller keeps alive."""
 
     _fields_ = (
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("a_dtype", c_int),
-        ("b_dtype", c_int),
+        ("lora_a", c_void_p),
+        ("lora_b", c_void_p),
+        ("lora_a_dtype", c_int),
+        ("lora_b_dtype", c_int),
         ("n", c_int64),
         ("k", c_int64),
         ("r", c_int64),

@@ -1,4 +1,4 @@
-"""8-bit blockwise codes in C++ on the CPU: csrc/cpu/blockwise8.inl."""
+"""8-bit blockwise codes in C++ on the CPU: csrc/cpu/blockwise8."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tests.gpu_proof.rules import Code
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc/cuda/nf4_linear.cu"
 # Of csrc/include/lora_ops.h the kernels take numbers of statuses and dtypes only.
-READ = (*sorted((ROOT / "csrc/cuda").iterdir()), ROOT / "csrc/include/lora_ops_cuda.h", ROOT / "csrc/cpu/nf4_table.h")
+READ = (*sorted((ROOT / "csrc/cuda").iterdir()), ROOT / "csrc/include/lora_ops_cuda.h", ROOT / "csrc/cpu/nf4/table.h")
 NVIDIA = tuple(chip for chip in CHIPS if chip.target.backend == "cuda")
 BUILD_HINT = "install nvcc of CUDA 12.8 or newer, or set CUDA_HOME"
 CODE_LOADS = 4  # of 16 bytes a lane and step

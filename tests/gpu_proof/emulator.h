@@ -16,7 +16,7 @@
 #include <unordered_set>
 #include <vector>
 
-#include "../../csrc/cpu/scalar.h"
+#include "../../csrc/cpu/common/scalar.h"
 #include "lora_ops.h"
 
 #define __global__

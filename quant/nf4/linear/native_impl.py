@@ -1,4 +1,4 @@
-"""Linear layer over an NF4 weight on the CPU, in C++: csrc/cpu/gemm.inl. W is decoded a panel at a time."""
+"""Linear layer over an NF4 weight on the CPU, in C++: csrc/cpu/gemm. W is decoded a panel at a time."""
 
 from __future__ import annotations
 

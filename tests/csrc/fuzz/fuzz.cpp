@@ -128,7 +128,7 @@ void lora(Random& random) {
     const lora_ops_adapter adapter = {a.data(), b.data(), a_dtype, b_dtype, n, k, r, 2.0f, threshold, random.bits(), 0};
     Matrix x(random, dtype, m, k), dy(random, dtype, m, n), s(random, LORA_OPS_F32, m, r, true);
     Matrix y(random, dtype, m, n), dx(random, dtype, m, k);
-    Matrix da(random, a_dtype, r, k, true), db(random, b_dtype, n, r, true), dbias(random, dtype, 1, n);
+    Matrix dlora_a(random, a_dtype, r, k, true), dlora_b(random, b_dtype, n, r, true), dbias(random, dtype, 1, n);
     const int wanted = static_cast<int>(random.integer(0, 15));
 
     // Without a weight, over NF4, or, where it is taken, over a dense one.
@@ -144,19 +144,20 @@ void lora(Random& random) {
     const lora_ops_weight* const weight = random.coin() ? &over : nullptr;
     void* const bias_ = random.coin() ? bias.data() : nullptr;
 
-    const auto run = [&](int threads, Matrix& y_, Matrix& s_, Matrix& dx_, Matrix& da_, Matrix& db_, Matrix& dbias_) {
+    const auto run = [&](int threads, Matrix& y_, Matrix& s_, Matrix& dx_, Matrix& dlora_a_, Matrix& dlora_b_,
+                         Matrix& dbias_) {
         FUZZ_CHECK(lora_ops_lora_forward(&adapter, weight, bias_, x.data(), m, x.stride, s_.floats(), y_.data(),
                                          y_.stride, dtype, threads) == LORA_OPS_OK);
         FUZZ_CHECK(lora_ops_lora_backward(
                        &adapter, weight, dy.data(), m, dy.stride, wanted & 2 ? x.data() : nullptr, x.stride,
                        wanted & 4 ? s_.floats() : nullptr, wanted & 1 ? dx_.data() : nullptr, dx_.stride,
-                       wanted & 2 ? da_.data() : nullptr, wanted & 4 ? db_.data() : nullptr,
+                       wanted & 2 ? dlora_a_.data() : nullptr, wanted & 4 ? dlora_b_.data() : nullptr,
                        wanted & 8 ? dbias_.data() : nullptr, dtype, threads) == LORA_OPS_OK);
     };
-    Matrix y2 = y, s2 = s, dx2 = dx, da2 = da, db2 = db, dbias2 = dbias;
-    run(1, y, s, dx, da, db, dbias);
-    run(static_cast<int>(random.integer(2, 3)), y2, s2, dx2, da2, db2, dbias2);
-    FUZZ_CHECK(y == y2 && s == s2 && dx == dx2 && da == da2 && db == db2 && dbias == dbias2);
+    Matrix y2 = y, s2 = s, dx2 = dx, dlora_a2 = dlora_a, dlora_b2 = dlora_b, dbias2 = dbias;
+    run(1, y, s, dx, dlora_a, dlora_b, dbias);
+    run(static_cast<int>(random.integer(2, 3)), y2, s2, dx2, dlora_a2, dlora_b2, dbias2);
+    FUZZ_CHECK(y == y2 && s == s2 && dx == dx2 && dlora_a == dlora_a2 && dlora_b == dlora_b2 && dbias == dbias2);
 }
 
 void adamw(Random& random) {
