@@ -37,7 +37,7 @@ AVX512_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-# A source named after an instruction set is compiled for it, the others for every machine; the choice is made at run time.
+# A source named after an instruction set is compiled for it, others for every machine; the choice is made at run time.
 X86_FLAGS = {
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
