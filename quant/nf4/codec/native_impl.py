@@ -1,4 +1,4 @@
-"""The NF4 codec in C++ on the CPU: csrc/cpu/nf4.inl."""
+"""The NF4 codec in C++ on the CPU: csrc/cpu/nf4."""
 
 from __future__ import annotations
 
