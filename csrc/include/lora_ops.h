@@ -212,7 +212,7 @@ LORA_OPS_API int lora_ops_adamw_pages(const lora_ops_page_table* table, const lo
                                       const float* unsigned_map, const uint64_t* seed, int n_threads,
                                       lora_ops_page_report* report);
 
-/* The checksum of n bytes; lora_ops/optim/checksum.py defines it. */
+/* The checksum of n bytes; lora_ops/paging/checksum.py defines it. */
 LORA_OPS_API int lora_ops_checksum(const void* bytes, int64_t n, uint64_t* checksum);
 
 #ifdef __cplusplus

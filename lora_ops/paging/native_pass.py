@@ -1,4 +1,4 @@
-"""A pass over extents of a file in which native code moves them as well as it does the work on them: csrc/cpu, pages.
+"""A pass over extents of a file in which native code moves them as well as it does the work on them: csrc/cpu/pages.
 
 What native code is told of the page table, as arrays, and what it tells afterwards.
 """

@@ -1,4 +1,4 @@
-// The checksum of lora_ops/optim/checksum.py, and its C ABI.
+// The checksum of lora_ops/paging/checksum.py, and its C ABI.
 #include "pages/checksum.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-// A checksum of bytes that come in pieces; lora_ops/optim/checksum.py defines it.
+// A checksum of bytes that come in pieces; lora_ops/paging/checksum.py defines it.
 #pragma once
 
 #include <stdint.h>

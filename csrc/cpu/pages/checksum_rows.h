@@ -1,4 +1,4 @@
-// The rows of lora_ops/optim/checksum.py's checksum, written once for every instruction set: the compiler vectorizes it.
+// The rows of lora_ops/paging/checksum.py's checksum, written once for every instruction set: the compiler vectorizes it.
 // A multiply of 64 bits is one instruction with AVX-512 DQ and about ten without: 66, 33 and 12 GB/s on a core of a Zen 4
 // with AVX-512, with AVX2 and with neither, from the second-level cache.
 #pragma once
