@@ -6,7 +6,8 @@
 
 namespace lora_ops {
 
-const GemmRoute kAvx512RegisterDots = {serves_register_dots, plan_register_dots, prepare_register_dots, register_dots_task};
+const GemmRoute kAvx512RegisterDots = {serves_register_dots, plan_register_dots, prepare_register_dots,
+                                       register_dots_task};
 const GemmRoute kAvx512Dots = float_dots<Avx512Floats>();
 const GemmRoute kAvx512Panels = float_panels<Avx512Floats>();
 

@@ -10,7 +10,8 @@
 
 namespace lora_ops {
 
-const GemmRoute kBf16RegisterDots = {serves_register_dots, plan_register_dots, prepare_register_dots, register_dots_task, true};
+const GemmRoute kBf16RegisterDots = {serves_register_dots, plan_register_dots, prepare_register_dots,
+                                     register_dots_task, true};
 const GemmRoute kBf16RaggedDots = {serves_ragged_dots, plan_ragged_dots, nullptr, ragged_dots_task, true};
 const GemmRoute kBf16WideDots = {serves_wide_dots, plan_wide_dots, prepare_wide_dots, wide_dots_task, true};
 const GemmRoute kBf16Panels = {serves_panels, panel_plan<Bf16Engine>, nullptr, panels_task, true};

@@ -7,7 +7,7 @@ namespace lora_ops {
 
 int current_isa();
 
-// Of an op's kernels for every instruction set, those for the one in use. Other architectures have the portable ones only.
+// Of an op's kernels for every instruction set, those for the one in use. Other architectures have portable ones only.
 template <const auto& kPortable, const auto& kAvx2, const auto& kAvx512, const auto& kAvx512Bf16>
 const auto& for_current_isa() {
 #if defined(LORA_OPS_X86)

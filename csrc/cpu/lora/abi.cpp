@@ -101,7 +101,8 @@ int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight
     f.n_threads = useful_threads_of_s(*adapter, m, n_threads);
     const int status = kernels().forward(f);
     if (status != LORA_OPS_OK) return status;
-    const LowRank low = {f.scaled_s, padded_rank(adapter->r), adapter->r, adapter->lora_b, adapter->lora_b_dtype, nullptr, 0};
+    const LowRank low = {f.scaled_s, padded_rank(adapter->r), adapter->r, adapter->lora_b, adapter->lora_b_dtype,
+                         nullptr,    0};
     g.low_rank = &low;
     return run_gemm(g, n_threads);
 }
@@ -112,15 +113,17 @@ int lora_ops_lora_backward(const lora_ops_adapter* adapter, const lora_ops_weigh
     if (!is_valid(adapter) || m < 0 || !is_dtype(dtype) || n_threads < 1) return LORA_OPS_BAD_ARGUMENT;
     if (m > 0 && (!dy || (dlora_a && !x) || (dlora_b && !s))) return LORA_OPS_BAD_ARGUMENT;
     if (m == 0) {
-        const auto clear = [](void* p, int64_t n, int of) { if (p) memset(p, 0, static_cast<size_t>(n * size_of(of))); };
+        const auto clear = [](void* p, int64_t n, int type) {
+            if (p) memset(p, 0, static_cast<size_t>(n * size_of(type)));
+        };
         clear(dlora_a, adapter->r * adapter->k, adapter->lora_a_dtype);
         clear(dlora_b, adapter->n * adapter->r, adapter->lora_b_dtype);
         clear(dbias, adapter->n, dtype);
         return LORA_OPS_OK;
     }
     const int threads = useful_threads(*adapter, m, n_threads);
-    LoraBackward b = {*adapter, m,       dtype,   dy,    stride_dy, x,       stride_x, s, dx, stride_dx,
-                      dlora_a,  dlora_b, dbias, threads,   nullptr, nullptr,  0};
+    LoraBackward b = {*adapter, m,         dtype,   dy,      stride_dy, x,       stride_x, s,
+                      dx,       stride_dx, dlora_a, dlora_b, dbias,     threads, nullptr,  nullptr, 0};
     if (!weight || !dx) return kernels().backward(b);
     Gemm g = product_dx(b, *weight);
     if (!gemm_fuses(g)) {

@@ -245,7 +245,9 @@ class BackwardPass : Tiles<V> {
     }
 
     void write_dlora_b_and_dbias() {
-        const float* const dbias = levels_ ? dbias_ + 2 * n_padded_ : ones_ ? dlora_b_ + (s_rows_ - 1) * n_padded_ : nullptr;
+        const float* const dbias = levels_ ? dbias_ + 2 * n_padded_
+                                   : ones_ ? dlora_b_ + (s_rows_ - 1) * n_padded_
+                                           : nullptr;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < (g_.dlora_b || g_.dbias ? n_ : 0); first += kBlock) {
             const int64_t end = std::min(n_, first + kBlock);

@@ -1,5 +1,5 @@
-// S and what it adds to y, for a few rows, as in generation, where packing all of A and B would cost more than using them: S
-// by dot products with A as it stands, split by rank; then, for single floats, B a block of rows at a time.
+// S and what it adds to y, for a few rows, as in generation, where packing all of A and B would cost more than using
+// them: S by dot products with A as it stands, split by rank; then, for single floats, B a block of rows at a time.
 #pragma once
 
 #include <type_traits>

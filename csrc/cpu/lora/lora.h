@@ -7,8 +7,8 @@
 
 namespace lora_ops {
 
-// One call of lora_ops_lora_forward; the names are those of its arguments. With scaled_s, scale s goes there, in dtype, and
-// y is left alone.
+// One call of lora_ops_lora_forward; the names are those of its arguments. With scaled_s, scale s goes there, in dtype,
+// and y is left alone.
 struct LoraForward {
     const lora_ops_adapter& adapter;
     int64_t m;
@@ -22,8 +22,8 @@ struct LoraForward {
     void* scaled_s;  // [m, padded_rank(r)]
 };
 
-// One call of lora_ops_lora_backward; a null output is not computed. With ds, ds goes there, in dtype, and the mask to mask,
-// and dx is left alone.
+// One call of lora_ops_lora_backward; a null output is not computed. With ds, ds goes there, in dtype, and the mask to
+// mask, and dx is left alone.
 struct LoraBackward {
     const lora_ops_adapter& adapter;
     int64_t m;

@@ -1,5 +1,5 @@
-// out[i, j] += sum over p of left[i, p] right[p, j], with 32-bit elements: floats, or pairs of bfloat16 that are neighbours
-// along the summed dimension. left is broadcast element by element; right and out are vectors.
+// out[i, j] += sum over p of left[i, p] right[p, j], with 32-bit elements: floats, or pairs of bfloat16 that are
+// neighbours along the summed dimension. left is broadcast element by element; right and out are vectors.
 #pragma once
 
 #include <stdint.h>
@@ -78,8 +78,8 @@ inline void product_columns(int64_t rows, int64_t count, const uint32_t* left, S
 }
 
 // out [rows, columns] (+)= left [rows, count] right [count, columns], at_once terms in one running sum. columns is a
-// multiple of kLanes, rows one of 16, or of 4 if columns is one of kBlock. AVX-512 tiles have 16 sums or more, which hides
-// the latency of the multiply-add.
+// multiple of kLanes, rows one of 16, or of 4 if columns is one of kBlock. AVX-512 tiles have 16 sums or more, which
+// hides the latency of the multiply-add.
 template <class V, class SI, class SP>
 void product(int64_t rows, int64_t columns, int64_t count, const uint32_t* left, SI stride_i, SP stride_p,
              const uint32_t* right, int64_t right_row, float* out, int64_t out_row, bool add,
