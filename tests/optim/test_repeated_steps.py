@@ -208,6 +208,60 @@ def test_a_parameter_that_shrinks_in_place_needs_a_new_plan(fits: bool) -> None:
     assert torch.equal(storage[5000:], rest)
 
 
+def test_a_gradient_of_another_size_or_dtype_needs_a_new_plan() -> None:
+    p = nn.Parameter(torch.arange(10_000.0))
+    optimizer = AdamW([p])
+    if hasattr(p, "grad_dtype"):  # of torch 2.10
+        p.grad_dtype = None
+        served = []
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+            plan, p.grad = optimizer._plan, torch.ones(10_000, dtype=dtype)
+            optimizer.step()
+            served.append(optimizer._plan is plan)
+        assert served == [False, False, True]
+    whole = p.data
+    p.grad = torch.ones(10_000)
+    optimizer.step()
+    optimizer.step()
+    p.grad, p.data = None, whole[:5000]
+    p.grad, p.data = torch.ones(5000), whole
+    with pytest.raises(ValueError, match="grad: expected 10000 elements, got 5000"):
+        optimizer.step()
+
+
+def test_a_plan_of_a_group_that_was_taken_out_and_put_back() -> None:
+    """Saving in between has forgotten its states."""
+    for pages in PAGES.values():
+        twins = Twins(pages)
+        assert [twins.step() for _ in range(2)] == [False, True]
+        for optimizer in (twins.fast, twins.slow):
+            group = optimizer.param_groups.pop()
+            optimizer.state_dict()
+            optimizer.param_groups.append(group)
+        assert not twins.step()
+        assert twins.step()
+
+
+def test_a_plan_follows_its_extents_into_frames_and_out_of_them() -> None:
+    """Which hold a part of all: saving moves the others in."""
+    twins = Twins({"page_budget": 12 << 10, "extent_bytes": 4096})
+    twins.step()
+    moved = []
+    for number in range(8):
+        for params in twins.params:
+            for p in params:
+                p.grad = None
+            params[2].grad = grads(number)[2]
+        misses = twins.fast.paging_stats().misses
+        twins.fast.step()
+        twins.slow.step()
+        moved.append(twins.fast.paging_stats().misses > misses)
+        if number % 4 == 3:
+            twins.same()
+    assert moved == [True, False, False, False] * 2
+    assert is_laid_out(twins.fast)
+
+
 def test_gradients_are_not_kept_alive() -> None:
     twins = Twins()
     for _ in range(3):
