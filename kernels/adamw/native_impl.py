@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.adamw import native_abi
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
 
@@ -30,7 +31,7 @@ def adamw_(
         absmax = (next(scales).data_ptr(), next(scales).data_ptr()) if coded else (0, 0)
         dtypes = native.dtype_number(p.dtype), native.dtype_number(g.dtype)
         slices.append((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), *absmax, p.numel(), *dtypes, *place))
-    native.adamw(slices, constants, dynamic_map(True), dynamic_map(False), seed)
+    native_abi.adamw(slices, constants, dynamic_map(True), dynamic_map(False), seed)
 
 
 def declines(op: str, lead: Tensor, **operands: Any) -> str | None:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.adamw import native_abi
+from lora_ops.paging.native_abi import PageReport, PageTable
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
 from lora_ops.runtime.backends import current_backend
@@ -85,13 +87,13 @@ class SliceTable:
 
     def run(self, values: StepValues) -> None:
         """One step, in one kernel call."""
-        native.adamw_fields(*self._arguments(values))
+        native_abi.adamw_fields(*self._arguments(values))
 
-    def run_in_pages(self, pages: native.PageTable, values: StepValues) -> native.PageReport:
+    def run_in_pages(self, pages: PageTable, values: StepValues) -> PageReport:
         """One step of slices whose states are brought from a file and written back: they are offsets in extents."""
         if self._bases.any():
             raise ValueError("states: expected offsets in extents, got addresses")
-        return native.adamw_pages(pages, *self._arguments(values))
+        return native_abi.adamw_pages(pages, *self._arguments(values))
 
     def _arguments(self, values: StepValues) -> tuple[int, int, Tensor, Tensor, Tensor, int | None]:
         fields, members = self._fields, self._members

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_ops.paging import native_abi
 from lora_ops.runtime import native
 
 _LANES = 512
@@ -21,7 +22,7 @@ def checksum(view: memoryview) -> int:
     if not native.available():
         return portable_checksum(view)
     data = np.frombuffer(view, dtype=np.uint8)
-    return native.checksum(data.ctypes.data, data.size)
+    return native_abi.checksum(data.ctypes.data, data.size)
 
 
 def portable_checksum(view: memoryview) -> int:

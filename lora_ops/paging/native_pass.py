@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_ops.paging import native_abi
 from lora_ops.paging.schedule import Page, Schedule
-from lora_ops.runtime import native
 
 # Fields of lora_ops_page, 64 bits each.
 _FRAME, _DIRTY, _STORED, _CHECKSUM, _SLICES = 0, 1, 2, 3, slice(4, 6)
@@ -54,11 +54,11 @@ class NativePass:
         addresses = [frame.data_ptr() for frame in self._frames]
         lists = {"frames": addresses, "order": order, "spare": spare}
         self._arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in lists.items()}
-        self.pages = native.PageTable()
+        self.pages = native_abi.PageTable()
         for name, array in {**self._arrays, "pages": self._pages}.items():
             setattr(self.pages, name, array.ctypes.data)
             setattr(self.pages, f"n_{name}", len(array))
-        self.report: native.PageReport | None = None
+        self.report: native_abi.PageReport | None = None
 
     def open(self, fd: int, extent_bytes: int, checksums: Mapping[int, int]) -> None:
         """Name the file and what it holds."""

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_int
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +26,15 @@ BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=
 
 ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 _ISA_AUTO = -1
-_NONFINITE, _IO = 2, 5
+_NONFINITE = 2
 _DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOAT_DTYPES = tuple(_DTYPES)
-
-
-class PageTable(Structure):
-    """`lora_ops_page_table`: pointers into arrays, which the caller keeps alive."""
-
-    _fields_ = (
-        ("fd", c_int64),
-        ("extent_bytes", c_int64),
-        ("frames", c_void_p),
-        ("n_frames", c_int64),
-        ("pages", c_void_p),
-        ("n_pages", c_int64),
-        ("order", c_void_p),
-        ("n_order", c_int64),
-        ("spare", c_void_p),
-        ("n_spare", c_int64),
-    )
-
-
-class PageReport(Structure):
-    """`lora_ops_page_report`; `failure` is 0 or one of IO_READ, IO_WRITE, IO_TRUNCATED and IO_CHECKSUM."""
-
-    IO_READ, IO_WRITE, IO_TRUNCATED, IO_CHECKSUM = 1, 2, 3, 4
-    _fields_ = (
-        ("bytes_read", c_int64),
-        ("bytes_written", c_int64),
-        ("read_ns", c_int64),
-        ("write_ns", c_int64),
-        ("failure", c_int64),
-        ("failed_extent", c_int64),
-        ("failed_byte", c_int64),
-        ("failed_errno", c_int64),
-    )
 
 
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "lora_ops_get_isa": (),
     "lora_ops_supports_isa": (c_int,),
     "lora_ops_force_isa": (c_int,),
-    "lora_ops_adamw": (*(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_uint64), c_int),),
-    "lora_ops_adamw_pages": (
-        POINTER(PageTable),
-        c_void_p,
-        c_int64,
-        c_void_p,
-        c_int64,
-        c_void_p,
-        c_void_p,
-        POINTER(c_uint64),
-        c_int,
-        POINTER(PageReport),
-    ),
-    "lora_ops_checksum": (c_void_p, c_int64, POINTER(c_uint64)),
 }
 
 
@@ -203,66 +155,14 @@ class Function:
     def __call__(self, *args: Any) -> None:
         """Call it with tensors that the public functions have checked. A status is an error."""
         if status := self.ask(*args):
-            _check(status, self.name, self.argument)
+            self.check(status)
 
-
-def _check(status: int, function: str, argument: str) -> None:
-    if status == _NONFINITE:
-        raise ValueError(f"{argument}: expected finite values, got inf or NaN")
-    if status:
-        raise NativeError(f"{function}: refused its arguments (status {status})")
-
-
-def adamw(
-    slices: Sequence[tuple[int, ...]], constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
-) -> None:
-    """One AdamW step of many slices: each the 13 fields of lora_ops_adamw_slice; constants fp32 [rows, 8]."""
-    fields = (c_int64 * (13 * len(slices)))(*itertools.chain.from_iterable(slices))
-    adamw_fields(fields, len(slices), constants, signed_map, unsigned_map, seed)
-
-
-def adamw_fields(
-    fields: Any, count: int, constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
-) -> None:
-    """`adamw` of `count` slices that lie in memory already; fields is their address or a ctypes array."""
-    status = library().lora_ops_adamw(*_adamw_arguments(fields, count, constants, signed_map, unsigned_map, seed))
-    _check(status, "adamw", "slices")
-
-
-def _adamw_arguments(
-    fields: Any, count: int, constants: Tensor, signed_map: Tensor, unsigned_map: Tensor, seed: int | None
-) -> tuple[Any, ...]:
-    pointers = constants.data_ptr(), constants.shape[0], signed_map.data_ptr(), unsigned_map.data_ptr()
-    seed_pointer = None if seed is None else byref(c_uint64(seed & (2**64 - 1)))
-    return fields, count, *pointers, seed_pointer, torch.get_num_threads()
-
-
-def adamw_pages(
-    table: PageTable,
-    fields: Any,
-    count: int,
-    constants: Tensor,
-    signed_map: Tensor,
-    unsigned_map: Tensor,
-    seed: int | None,
-) -> PageReport:
-    """`adamw_fields` of slices whose states are in extents of a file, at offsets in them; tells what was moved.
-
-    A file that cannot be read or written is no exception: the report tells.
-    """
-    report = PageReport()
-    arguments = _adamw_arguments(fields, count, constants, signed_map, unsigned_map, seed)
-    status = library().lora_ops_adamw_pages(byref(table), *arguments, byref(report))
-    if status != _IO:
-        _check(status, "adamw_pages", "slices")
-    return report
-
-
-def checksum(pointer: int, n: int) -> int:
-    """The 64-bit checksum of n bytes that lora_ops/paging/checksum.py defines."""
-    found = c_uint64()
-    _check(library().lora_ops_checksum(pointer, n, byref(found)), "checksum", "bytes")
-    return found.value
+    def check(self, status: int) -> None:
+        """Raise what a status means."""
+        if status == _NONFINITE:
+            raise ValueError(f"{self.argument}: expected finite values, got inf or NaN")
+        if status:
+            raise NativeError(f"{self.name}: refused its arguments (status {status})")
 
 
 def dtype_number(dtype: torch.dtype) -> int:

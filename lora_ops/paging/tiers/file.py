@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ops.paging import native_abi
 from lora_ops.paging.buffers import bytes_of
 from lora_ops.paging.checksum import checksum
 from lora_ops.paging.errors import PagingError
 from lora_ops.paging.native_pass import NativePass
 from lora_ops.paging.stats import TierStats
 from lora_ops.paging.tiers.folder import PageFolder
-from lora_ops.runtime import native
 
 
 class FileTier:
@@ -208,7 +208,7 @@ class FileTier:
             "checksum mismatch; the states are lost, resume from a checkpoint"
         )
 
-    def _failure(self, report: native.PageReport) -> PagingError:
+    def _failure(self, report: native_abi.PageReport) -> PagingError:
         if report.failure == report.IO_CHECKSUM:
             return self._changed(report.failed_extent)
         if report.failure == report.IO_TRUNCATED:
