@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.adamw.operands import Slices
 from lora_ops.runtime.checks import check_dtype
 from lora_ops.runtime.dispatch import Op
 
@@ -27,17 +29,12 @@ def _(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     absmaxes: list[Tensor], constants: Tensor, index: Tensor, seed: int | None,
 ) -> None:  # fmt: skip
-    _adamw.run(
-        params[0], params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, absmaxes=absmaxes,
-        constants=constants, index=index, seed=seed,
-    )  # fmt: skip
+    slices = Slices(params, grads, exp_avgs, exp_avg_sqs, absmaxes, constants, index, seed)
+    _adamw.run(params[0], slices=slices)
 
 
 @_adamw.fake
-def _(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    absmaxes: list[Tensor], constants: Tensor, index: Tensor, seed: int | None,
-) -> None:  # fmt: skip
+def _(*operands: Any) -> None:
     return None
 
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lora_ops.kernels.adamw.operands import Slices
 from lora_ops.kernels.philox.reference import LANES, philox_4x32
 from lora_ops.quant.blockwise8.reference import dequantize_blockwise8, dynamic_thresholds, scaled
 
 BLOCK_SIZE = 256  # elements of an 8-bit state that share one absmax
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    absmaxes: Sequence[Tensor],
-    constants: Tensor,
-    index: Tensor,
-    seed: int | None,
-) -> None:
+def adamw_(*, slices: Slices) -> None:
     """Update every slice in place; see op.py for the arguments."""
+    params, grads, exp_avgs, exp_avg_sqs, absmaxes, constants, index, seed = slices
     scales = iter(absmaxes)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, constants[index[:, 0]], index, strict=True)
     for param, grad, exp_avg, exp_avg_sq, row, (_, *place) in tensors:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_ops.kernels.adamw.operands import Slices
 from lora_ops.kernels.adamw.reference import BLOCK_SIZE
 from lora_ops.kernels.philox.reference import LANES
 from lora_ops.quant.blockwise8.triton_impl import map_on, thresholds_on
@@ -136,17 +136,9 @@ def _adamw_kernel(
     store_ragged(p_ptr + begin, e, p.to(PARAM), left)
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    absmaxes: Sequence[Tensor],
-    constants: Tensor,
-    index: Tensor,
-    seed: int | None,
-) -> None:
+def adamw_(*, slices: Slices) -> None:
     """Update every slice in place, with one launch for each combination of dtypes; see op.py for the arguments."""
+    params, grads, exp_avgs, exp_avg_sqs, absmaxes, constants, index, seed = slices
     scales = iter(absmaxes)
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[list[Tensor], list[int]]]] = defaultdict(list)
     for *operands, place in zip(params, grads, exp_avgs, exp_avg_sqs, index.tolist(), strict=True):
@@ -154,8 +146,8 @@ def adamw_(
         operands += [next(scales), next(scales)] if coded else []
         if operands[0].numel():
             groups[operands[0].dtype, operands[1].dtype, coded].append((operands, place))
-    for (param_dtype, grad_dtype, coded), slices in groups.items():
-        _launch(slices, constants, param_dtype, grad_dtype, coded, seed)
+    for (param_dtype, grad_dtype, coded), group in groups.items():
+        _launch(group, constants, param_dtype, grad_dtype, coded, seed)
 
 
 def _launch(
@@ -184,14 +176,12 @@ def _upload(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
-def declines(
-    op: str, lead: Tensor, *, params: Sequence[Tensor], grads: Sequence[Tensor], **operands: Any
-) -> str | None:
+def declines(op: str, lead: Tensor, *, slices: Slices) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    for p, g in zip(params, grads, strict=True):
+    for p, g in zip(slices.params, slices.grads, strict=True):
         if g.dtype not in (p.dtype, torch.float32):
             return f"triton kernels take gradients in the parameter's dtype or float32, not {g.dtype} for {p.dtype}"
-    for t in itertools.chain(params, grads, *(operands[name] for name in ("exp_avgs", "exp_avg_sqs", "absmaxes"))):
+    for t in itertools.chain.from_iterable(slices[:5]):
         if t.data_ptr() % ALIGNMENT:
             return f"triton kernels take tensors at multiples of {ALIGNMENT} bytes"
     return triton_launch.declines(lead.device, lead.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ops.kernels.adamw import triton_impl
+from lora_ops.kernels.adamw.operands import Slices
 from lora_ops.kernels.adamw.reference import BLOCK_SIZE
 from tests.gpu_proof.expect import Expect, GateCase, meta
 
@@ -32,4 +33,4 @@ def cases() -> Iterator[GateCase]:
 def _call(p: Tensor, g: Tensor, states: list[Tensor], absmaxes: list[Tensor], seed: int | None) -> None:
     m, v = states
     constants, index = meta(1, 8), torch.tensor([[0, 0, 1, 0]])
-    triton_impl.adamw_([p], [g], [m], [v], absmaxes, constants, index, seed)
+    triton_impl.adamw_(slices=Slices([p], [g], [m], [v], absmaxes, constants, index, seed))
