@@ -10,8 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lora_ops.quant import nf4_triton
-from lora_ops.quant.nf4 import nf4_code
+from lora_ops.quant.nf4 import nf4_code, triton_decode
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
@@ -50,7 +49,7 @@ def execute(ptx: str, word: np.ndarray, n_out: int) -> list[np.ndarray]:
 
 
 def test_every_byte_in_every_place() -> None:
-    ptx, constraints = nf4_triton.decode_ptx()
+    ptx, constraints = triton_decode.decode_ptx()
     n_out = constraints.count("=")
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, (4 * 256, 4), dtype=np.uint8)
@@ -65,10 +64,10 @@ def test_every_byte_in_every_place() -> None:
 
 
 def test_the_kernels_run_this_text() -> None:
-    assert nf4_triton._PTX.value == nf4_triton.decode_ptx()[0]
+    assert triton_decode._PTX.value == triton_decode.decode_ptx()[0]
 
 
 def test_instruction_budget() -> None:
     """Instructions a weight: about 15 fit a decode pass, with the scaling."""
-    ptx, _ = nf4_triton.decode_ptx()
+    ptx, _ = triton_decode.decode_ptx()
     assert len(re.findall(r"\b(?:prmt|and|shr|lop3)\.b32", ptx)) / 8 <= 5.75
