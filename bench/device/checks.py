@@ -169,6 +169,7 @@ def _blockwise8(signed: bool, n: int, device: str) -> str | None:
 
 def _adamw(bits: int, dtype: torch.dtype, grad_dtype: torch.dtype, seed: int | None, device: str) -> str | None:
     """Three slices of one launch and one more for another dtype, two steps: the bits of the reference on the CPU."""
+    from lora_ops.kernels.adamw.operands import Slices
     from lora_ops.kernels.adamw.reference import adamw_ as reference
 
     rows = torch.tensor([adamw_constants(t, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1) for t in (1, 2)])
@@ -191,7 +192,7 @@ def _adamw(bits: int, dtype: torch.dtype, grad_dtype: torch.dtype, seed: int | N
                 absmaxes = [a for s in slices for a in (s.exp_avg_absmax, s.exp_avg_sq_absmax) if a is not None]
                 index = torch.tensor([[step - 1, s.stream, step, s.first] for s in slices])
                 lists = ([getattr(s, name) for s in slices] for name in ("param", "grad", "exp_avg", "exp_avg_sq"))
-                reference(*lists, absmaxes, rows, index, seed)
+                reference(slices=Slices(*lists, absmaxes, rows, index, seed))
             else:
                 for s in slices:
                     s.row, s.step = step - 1, step
