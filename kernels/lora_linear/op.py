@@ -120,7 +120,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, lora_a, lora_b, scale, dropout_p, seed, *weight = inputs
-    *tensors, ctx.shape, ctx.block_size, ctx.format = weight
+    *tensors, ctx.shape, ctx.layout = weight
     ctx.dropout_p = dropout_p
     _, s = output
     ctx.mark_non_differentiable(s)
@@ -136,19 +136,7 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | 
     if dy is not None:
         x, s, lora_a, lora_b, scale, seed, *weight = ctx.saved_tensors
         out = torch.ops.lora_ops.lora_linear_backward(
-            dy,
-            x,
-            s,
-            lora_a,
-            lora_b,
-            scale,
-            ctx.dropout_p,
-            seed,
-            needs,
-            *weight,
-            ctx.shape,
-            ctx.block_size,
-            ctx.format,
+            dy, x, s, lora_a, lora_b, scale, ctx.dropout_p, seed, needs, *weight, ctx.shape, ctx.layout
         )
         grads = [g if need else None for g, need in zip(out, needs, strict=True)]
     dx, dlora_a, dlora_b, dbias = grads

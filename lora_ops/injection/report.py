@@ -196,8 +196,9 @@ def _backend(base: Any, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[b
     bias = None if base.bias is None else base.bias.to(dtype)
     try:
         if lora_a is None or lora_b is None:
-            return True, *OPS["nf4_linear"].choose(x, x=x, q=weight, bias=bias)
+            return True, *OPS["nf4_linear"].choose(x, {"x": x, "q": weight, "bias": bias})
         adapter = Adapter(lora_a, lora_b, torch.ones((), dtype=torch.float64))
-        return True, *OPS["lora_linear"].choose(x, x=x, weight=weight, adapter=adapter, bias=bias)
+        operands = {"x": x, "weight": weight, "adapter": adapter, "bias": bias}
+        return True, *OPS["lora_linear"].choose(x, operands)
     except BackendError as error:
         return False, "", str(error)

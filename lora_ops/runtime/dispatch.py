@@ -116,7 +116,7 @@ class Op:
         here = not backend.device_types or device_type in backend.device_types
         return backend.automatic and here and self._module(backend) is not None
 
-    def choose(self, lead: Tensor, **operands: Any) -> tuple[str, str]:
+    def choose(self, lead: Tensor, operands: dict[str, Any]) -> tuple[str, str]:
         """The backend that serves these operands, and the reason why no preferred one does ("" if none declined)."""
         asked = current_backend()
         if asked != "auto":
@@ -150,7 +150,7 @@ class Op:
             lead: the operand by whose device and dtype the backend is chosen, and which stands in the trace.
             operands: of the op, `lead` among them.
         """
-        backend, reason = self.choose(lead, **operands)
+        backend, reason = self.choose(lead, operands)
         if tracing():
             record(OpCall(self.name, backend, str(lead.device), dtype_name(lead.dtype), tuple(lead.shape), reason))
         return self._impls[backend](**operands)

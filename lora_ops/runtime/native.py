@@ -144,17 +144,19 @@ class Function:
         self.name, self.argtypes, self.argument = name, argtypes, argument
         self._function: Any = None
 
+    def _find(self) -> Any:
+        function = getattr(library(), f"lora_ops_{self.name}")
+        function.argtypes, function.restype = self.argtypes, c_int
+        self._function = function
+        return function
+
     def ask(self, *args: Any) -> int:
         """Call it; its answer, whatever it means."""
-        if self._function is None:
-            function = getattr(library(), f"lora_ops_{self.name}")
-            function.argtypes, function.restype = self.argtypes, c_int
-            self._function = function
-        return self._function(*args)
+        return (self._function or self._find())(*args)
 
     def __call__(self, *args: Any) -> None:
         """Call it with tensors that the public functions have checked. A status is an error."""
-        if status := self.ask(*args):
+        if status := (self._function or self._find())(*args):
             self.check(status)
 
     def check(self, status: int) -> None:

@@ -41,7 +41,7 @@ def _(*args: Any) -> Tensor:
 
 @_dequantize.fake
 def _(packed: Tensor, *args: Any) -> Tensor:
-    *_, shape, _, _, dtype = args
+    *_, shape, _, dtype = args
     return packed.new_empty(shape, dtype=dtype)
 
 

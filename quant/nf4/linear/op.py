@@ -55,7 +55,7 @@ def _(dy: Tensor, *weight: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, bias, *weight = inputs
-    *tensors, ctx.shape, ctx.block_size, ctx.format = weight
+    *tensors, ctx.shape, ctx.layout = weight
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors)
 
@@ -64,7 +64,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dX = dY · W, dbias = Σ_m dY."""
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.lora_ops.nf4_linear_dx(dy, *ctx.saved_tensors, ctx.shape, ctx.block_size, ctx.format)
+        dx = torch.ops.lora_ops.nf4_linear_dx(dy, *ctx.saved_tensors, ctx.shape, ctx.layout)
     if ctx.needs_input_grad[1]:
         # torch sums 16-bit tensors in float32 and rounds once.
         dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=ctx.bias_dtype) if dy.dim() > 1 else dy.clone()
