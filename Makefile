@@ -19,8 +19,9 @@ help: ## list the commands
 demo: $(VENV)/.train ## fine-tune a small language model with QLoRA, with a before and after (4 minutes)
 	$(BIN)/python -m examples.demo $(ARGS)
 
-# ISA=avx2: torch, oneDNN and lora_ops as on a CPU without AVX-512.
-AS_AVX2 := LORA_OPS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+# ISA=avx2: torch, oneDNN and lora_ops as on a CPU without AVX-512. Inductor keeps its cache apart, or it would take
+# kernels for AVX-512 from it, which leave most of the result unwritten then (findings/).
+AS_AVX2 := LORA_OPS_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 test: $(VENV)/.test lint ## lint, types and every test (10 minutes); ISA=avx2: as on a CPU without AVX-512
 	HF_HUB_OFFLINE=1 $(if $(filter avx2,$(ISA)),$(AS_AVX2)) $(BIN)/python -m pytest $(WORKERS) --durations=20 $(ARGS)
 
