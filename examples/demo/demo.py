@@ -147,17 +147,12 @@ def run(output_dir: Path, *, max_steps: int, seed: int) -> dict[str, Any]:
     _show(samples, first_answers, last_answers)
 
     losses = report.compare(items, before, after)
+    adapter_file = output_dir / "adapter" / "adapter_model.safetensors"
     result = {
         "heldout": {"losses": losses, "unquantized_base": unquantized, "items": _rows(items, before, after)},
-        "answers": [
-            {"prompt": item["prompt"], "source": item["completion"], "before": b, "after": a}
-            for item, b, a in zip(samples, first_answers, last_answers, strict=True)
-        ],
+        "answers": _answers(samples, first_answers, last_answers),
         "training": _training(trained_run, len(train_data), seed),
-        "adapter": {
-            "bytes": (output_dir / "adapter" / "adapter_model.safetensors").stat().st_size,
-            "parameters": trained,
-        },
+        "adapter": {"bytes": adapter_file.stat().st_size, "parameters": trained},
         "memory": {
             "weights_fp32": weights_fp32,
             "weights_quantized": quantized,
@@ -201,6 +196,13 @@ def _rows(items: Sequence[dict[str, Any]], before: Sequence[float], after: Seque
     return [
         {"file": item["file"], "kind": item["kind"], "before": b, "after": a}
         for item, b, a in zip(items, before, after, strict=True)
+    ]
+
+
+def _answers(samples: Sequence[dict[str, Any]], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": item["prompt"], "source": item["completion"], "before": b, "after": a}
+        for item, b, a in zip(samples, before, after, strict=True)
     ]
 
 

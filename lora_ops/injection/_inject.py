@@ -81,8 +81,7 @@ def inject(
     require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import convert, describe, heads, methods, peft_layers, protect, reads
-    from lora_ops.injection.state_dict import know_nf4_parameters
+    from lora_ops.injection import heads, methods, protect
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -111,6 +110,17 @@ def inject(
                 adapted.unload()
                 raise
         model = adapted
+    _run_on_ops(model, quantize, kept)
+    return model
+
+
+def _run_on_ops(model: PeftModel, quantize: str | None, kept: Mapping[str, str]) -> None:
+    """Put the base into NF4 if asked, and the adapters' layers on our ops, in place."""
+    import peft
+
+    from lora_ops.injection import convert, describe, peft_layers, reads
+    from lora_ops.injection.state_dict import know_nf4_parameters
+
     reads.tell_adapted(model)
     convert.convert_bases(model, quantize, kept)
     for module in model.modules():
@@ -120,7 +130,6 @@ def inject(
     describe.describe(model)
     know_nf4_parameters(model)
     warn_slow_16bit(model)
-    return model
 
 
 def _check_given(model: PeftModel, quantize: str | None, options: list[str]) -> None:
