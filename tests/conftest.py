@@ -24,6 +24,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Extensions that torch builds for PEFT go here: the user's cache may hold the lock of a killed run."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("torch_extensions")))
+
+
 def pytest_configure() -> None:
     # Tests run many tiny ops, where a second thread gains nothing and waits for its core on a busy machine; what
     # depends on the number of threads sets it. `make test` has a process for each core.
