@@ -22,7 +22,7 @@ def adamw_(*, slices: Slices) -> None:
     for p, g, m, v, place in zip(params, grads, exp_avgs, exp_avg_sqs, index.tolist(), strict=True):
         coded = m.dtype == torch.uint8
         absmax = (next(scales).data_ptr(), next(scales).data_ptr()) if coded else (0, 0)
-        dtypes = native.dtype_number(p.dtype), native.dtype_number(g.dtype)
+        dtypes = native.DTYPE_NUMBERS[p.dtype], native.DTYPE_NUMBERS[g.dtype]
         rows.append((p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), *absmax, p.numel(), *dtypes, *place))
     native_abi.adamw(rows, constants, dynamic_map(True), dynamic_map(False), seed)
 

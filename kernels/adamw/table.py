@@ -15,7 +15,7 @@ from lora_ops.paging.native_abi import PageReport, PageTable
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.runtime import native
 from lora_ops.runtime.backends import current_backend
-from lora_ops.runtime.trace import tracing
+from lora_ops.runtime.trace import open_traces
 
 _FIELDS = 13  # of lora_ops_adamw_slice, 64 bits each
 _GRAD, _STATES, _ROW, _STEP = 1, slice(2, 6), 9, 11
@@ -75,7 +75,7 @@ class SliceTable:
     @staticmethod
     def serves() -> bool:
         """Whether `adamw_` would run on the native backend and nobody records what runs."""
-        return current_backend() in ("auto", "native") and not tracing() and native.available()
+        return current_backend() in ("auto", "native") and not open_traces and native.available()
 
     def place(self, addresses: Sequence[int], counts: Sequence[int]) -> None:
         """Have the states of the first counts[0] slices count from addresses[0] from now on, and so forth."""
@@ -109,5 +109,5 @@ def _fields(row: SliceRow) -> list[int]:
     """A lora_ops_adamw_slice; gradient, row and step are each step's."""
     param = row.param.data_ptr() + row.first * row.param.element_size()
     absent = [0] * (4 - len(row.states))
-    dtypes = [native.dtype_number(dtype) for dtype in (row.param.dtype, row.grad_dtype)]
+    dtypes = [native.DTYPE_NUMBERS[dtype] for dtype in (row.param.dtype, row.grad_dtype)]
     return [param, 0, *row.states, *absent, row.n, *dtypes, 0, row.stream, 0, row.first]

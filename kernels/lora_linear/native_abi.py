@@ -57,8 +57,8 @@ def adapter_view(
     pointers = (
         lora_a.data_ptr(),
         lora_b.data_ptr(),
-        native.dtype_number(lora_a.dtype),
-        native.dtype_number(lora_b.dtype),
+        native.DTYPE_NUMBERS[lora_a.dtype],
+        native.DTYPE_NUMBERS[lora_b.dtype],
     )
     if not threshold:
         return _same_adapter(*pointers, n, k, r, scale)
@@ -67,7 +67,7 @@ def adapter_view(
 
 def takes_dense(dtype: torch.dtype) -> bool:
     """Whether `lora_forward` and `lora_backward` take dense weights of this dtype with the instruction set in use."""
-    return bool(_TAKES_DENSE.ask(native.dtype_number(dtype)))
+    return bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[dtype]))
 
 
 def dense_view(weight: Tensor) -> WeightView:
@@ -92,7 +92,7 @@ def forward(
         s.data_ptr(),
         y.data_ptr(),
         y.stride(0),
-        native.dtype_number(x.dtype),
+        native.DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
     )
 
@@ -128,7 +128,7 @@ def backward(
         native.pointer(dlora_a),
         native.pointer(dlora_b),
         native.pointer(dbias),
-        native.dtype_number(dy.dtype),
+        native.DTYPE_NUMBERS[dy.dtype],
         torch.get_num_threads(),
     )
 

@@ -8,7 +8,7 @@ once for dS, dB and db, and x once for dA, besides the product with W. The formu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,25 +41,24 @@ def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.Adapte
     )
 
 
-def _weight(weight: Tensor | FrozenTensor) -> nf4_abi.WeightView | None:
+def _weight(weight: Tensor | NF4Tensor) -> nf4_abi.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
         return nf4_abi.weight_of(weight).operand
-    weight = cast(Tensor, weight)
     if weight.stride(1) == 1 and native_abi.takes_dense(weight.dtype):
         return native_abi.dense_view(weight)
     return None
 
 
 def lora_linear(
-    *, x: Tensor, weight: Tensor | FrozenTensor, adapter: Adapter, bias: Tensor | None
+    *, x: Tensor, weight: Tensor | NF4Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
     x2, lora_a, lora_b = _rows(x), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
     bias = None if bias is None else bias.contiguous()
     w, (n, r) = _weight(weight), lora_b.shape
     # [M, K] @ [K, N] -> [M, N]
-    y = x2.new_empty(x2.shape[0], n) if w else linear(x2, cast(Tensor, weight), bias)
+    y = linear(x2, weight, bias) if w is None and isinstance(weight, Tensor) else x2.new_empty(x2.shape[0], n)
     s = torch.empty(*x.shape[:-1], r, dtype=torch.float32)
     native_abi.forward(_view(adapter, lora_a, lora_b), x2, s, y, w, bias)
     return y if x.dim() == 2 else as_output(y, (*x.shape[:-1], n)), s
@@ -70,7 +69,7 @@ def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     s: Tensor | None,
-    weight: Tensor | FrozenTensor,
+    weight: Tensor | NF4Tensor,
     adapter: Adapter,
     needs: Needs,
 ) -> Grads:
@@ -81,7 +80,7 @@ def lora_linear_backward(
     dx = None
     if needs.x:
         # [M, N] @ [N, K] -> [M, K]
-        dx = dy2.new_empty(dy2.shape[0], k) if w else dy2 @ cast(Tensor, weight)
+        dx = dy2 @ weight if w is None and isinstance(weight, Tensor) else dy2.new_empty(dy2.shape[0], k)
     grads = Grads(
         dx,
         torch.empty_like(lora_a) if needs.lora_a else None,

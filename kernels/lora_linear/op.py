@@ -18,7 +18,6 @@ from lora_ops.runtime.checks import (
     check_probability,
     check_same_device,
     check_shape,
-    check_tensor,
 )
 from lora_ops.runtime.dispatch import Op
 from lora_ops.runtime.plain_call import is_plain_call
@@ -188,7 +187,7 @@ def lora_linear(
 
     Source: LoRA (Hu et al. 2021), equation 3; QLoRA (Dettmers et al. 2023), equation 5.
     """
-    check_tensor("x", x)
+    check_dtype("x", x, FLOAT_DTYPES)
     # First of all: what is plain is on the CPU and not under autocast, which needs no look then.
     plain = is_plain_call(x, data_of(weight), lora_a, lora_b, bias, scale if isinstance(scale, Tensor) else None)
     _check(x, weight, lora_a, lora_b, scale, bias, dropout_p, plain=plain)
@@ -215,8 +214,7 @@ def _check(
     *,
     plain: bool,
 ) -> None:
-    """Raise if operands do not fit each other; `plain` as `is_plain_call` answers."""
-    check_dtype("x", x, FLOAT_DTYPES)
+    """Raise if operands do not fit x, whose dtype is checked; `plain` as `is_plain_call` answers."""
     autocast = not plain and autocasting(x)
     like_x = FLOAT_DTYPES if autocast else (x.dtype,)
     if isinstance(weight, FrozenTensor):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ops.runtime.native import dtype_number
+from lora_ops.runtime.native import DTYPE_NUMBERS
 
 ABI_VERSION = 1
 LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops_cuda.so"
@@ -114,7 +114,7 @@ def nf4_linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> 
         x.stride(0),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        dtype_number(x.dtype),
+        DTYPE_NUMBERS[x.dtype],
         _stream(x.device),
     )
     _check(status, "nf4_linear")

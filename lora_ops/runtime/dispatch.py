@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_ops.runtime.backends import BACKENDS, Backend, BackendError, current_backend
 from lora_ops.runtime.checks import dtype_name
-from lora_ops.runtime.trace import OpCall, record, tracing
+from lora_ops.runtime.trace import OpCall, open_traces, record
 
 logger = logging.getLogger("lora_ops")
 
@@ -34,7 +34,12 @@ def as_output(t: Tensor, shape: Sequence[int]) -> Tensor:
     return t.resize_(shape)  # the same number of elements: nothing moves
 
 
+Declines = Callable[..., "str | None"]
 OPS: dict[str, Op] = {}  # every op, by name
+
+
+def _declines_of(module: ModuleType | None) -> Declines:
+    return getattr(module, "declines", lambda op, lead, **operands: None)
 
 
 class Op:
@@ -55,7 +60,7 @@ class Op:
         self.qualname = f"lora_ops::{self.name}"
         self._modules: dict[str, ModuleType | None] = {}
         self._impls: dict[str, Callable] = {}
-        self._candidates: dict[str, tuple[Backend, ...]] = {}
+        self._candidates: dict[str, list[tuple[Backend, Declines]]] = {}
         OPS[self.name] = self
 
     def kernel(self, fn: Callable) -> Callable:
@@ -109,8 +114,7 @@ class Op:
             return f"{self.name} has no {backend.name} kernel"
         if reason := backend.unavailable():
             return reason
-        declines = getattr(module, "declines", None)
-        return declines(self.name, lead, **operands) if declines else None
+        return _declines_of(module)(self.name, lead, **operands)
 
     def _may_serve(self, backend: Backend, device_type: str) -> bool:
         here = not backend.device_types or device_type in backend.device_types
@@ -127,10 +131,12 @@ class Op:
             return asked, "asked for"
         device_type = lead.device.type
         if device_type not in self._candidates:
-            self._candidates[device_type] = tuple(b for b in BACKENDS.values() if self._may_serve(b, device_type))
+            self._candidates[device_type] = [
+                (b, _declines_of(self._modules[b.name])) for b in BACKENDS.values() if self._may_serve(b, device_type)
+            ]
         reasons: list[str] = []
-        for backend in self._candidates[device_type]:
-            reason = self._declines(backend, lead, operands)
+        for backend, declines in self._candidates[device_type]:
+            reason = backend.unavailable() or declines(self.name, lead, **operands)
             if reason is None:
                 return backend.name, "; ".join(reasons)
             reasons.append(f"{backend.name}: {reason}")
@@ -151,6 +157,6 @@ class Op:
             operands: of the op, `lead` among them.
         """
         backend, reason = self.choose(lead, operands)
-        if tracing():
+        if open_traces:
             record(OpCall(self.name, backend, str(lead.device), dtype_name(lead.dtype), tuple(lead.shape), reason))
         return self._impls[backend](**operands)

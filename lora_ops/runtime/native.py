@@ -27,8 +27,8 @@ BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=
 ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 _ISA_AUTO = -1
 _NONFINITE = 2
-_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FLOAT_DTYPES = tuple(_DTYPES)
+DTYPE_NUMBERS: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lora_ops_dtype
+FLOAT_DTYPES = tuple(DTYPE_NUMBERS)
 
 
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -93,7 +93,7 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why native kernels cannot take activations of this device and dtype, or None; for an op's `declines`."""
     if device.type != "cpu":
         return f"native kernels run on cpu, not on {device.type}"
-    return None if dtype in _DTYPES else f"native kernels have no {dtype_name(dtype)}"
+    return None if dtype in DTYPE_NUMBERS else f"native kernels have no {dtype_name(dtype)}"
 
 
 @functools.cache
@@ -165,11 +165,6 @@ class Function:
             raise ValueError(f"{self.argument}: expected finite values, got inf or NaN")
         if status:
             raise NativeError(f"{self.name}: refused its arguments (status {status})")
-
-
-def dtype_number(dtype: torch.dtype) -> int:
-    """The lora_ops_dtype of a dtype among FLOAT_DTYPES."""
-    return _DTYPES[dtype]
 
 
 def pointer(t: Tensor | None) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 # Process-wide and not per thread: autograd runs the backward of a CUDA graph on threads of its own.
 _lock = threading.Lock()
-_traces: list[Trace] = []
+open_traces: list[Trace] = []  # one that is empty costs an op no call
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,17 @@ def trace() -> Iterator[Trace]:
     """
     record = Trace()
     with _lock:
-        _traces.append(record)
+        open_traces.append(record)
     try:
         yield record
     finally:
         with _lock:
             # By identity: two traces opened around the same calls compare equal.
-            _traces[:] = [t for t in _traces if t is not record]
-
-
-def tracing() -> bool:
-    """Whether a trace is open."""
-    return bool(_traces)
+            open_traces[:] = [t for t in open_traces if t is not record]
 
 
 def record(call: OpCall) -> None:
     """Note a call in every open trace."""
     with _lock:
-        for open_trace in _traces:
-            open_trace.calls.append(call)
+        for trace in open_traces:
+            trace.calls.append(call)

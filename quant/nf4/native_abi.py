@@ -76,7 +76,7 @@ def quantize(w: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None
     """Quantize w [n] into packed uint8 [(n + 1) // 2] and absmax fp32 [ceil(n / block_size)]."""
     _QUANTIZE(
         w.data_ptr(),
-        native.dtype_number(w.dtype),
+        native.DTYPE_NUMBERS[w.dtype],
         w.numel(),
         block_size,
         packed.data_ptr(),
@@ -90,7 +90,7 @@ def quantize_transposed(w: Tensor, block_size: int, packed: Tensor, absmax: Tens
     k, n = w.shape
     _QUANTIZE_TRANSPOSED(
         w.data_ptr(),
-        native.dtype_number(w.dtype),
+        native.DTYPE_NUMBERS[w.dtype],
         n,
         k,
         block_size,
@@ -102,13 +102,15 @@ def quantize_transposed(w: Tensor, block_size: int, packed: Tensor, absmax: Tens
 
 def dequantize(weight: NF4Weight, begin: int, end: int, out: Tensor) -> None:
     """Decode elements [begin, end) of the flat weight into out [end - begin]."""
-    _DEQUANTIZE(byref(weight), begin, end, out.data_ptr(), native.dtype_number(out.dtype), torch.get_num_threads())
+    _DEQUANTIZE(byref(weight), begin, end, out.data_ptr(), native.DTYPE_NUMBERS[out.dtype], torch.get_num_threads())
 
 
 def dequantize_transposed(weight: NF4Weight, out: Tensor) -> None:
     """Decode a weight [N, K] into its transpose out [K, N]."""
     k, n = out.shape
-    _DEQUANTIZE_TRANSPOSED(byref(weight), n, k, out.data_ptr(), native.dtype_number(out.dtype), torch.get_num_threads())
+    _DEQUANTIZE_TRANSPOSED(
+        byref(weight), n, k, out.data_ptr(), native.DTYPE_NUMBERS[out.dtype], torch.get_num_threads()
+    )
 
 
 def linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -123,7 +125,7 @@ def linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         y.stride(0),
-        native.dtype_number(x.dtype),
+        native.DTYPE_NUMBERS[x.dtype],
         torch.get_num_threads(),
     )
 
@@ -139,6 +141,6 @@ def linear_dx(weight: NF4Weight, dy: Tensor, dx: Tensor) -> None:
         dy.stride(0),
         dx.data_ptr(),
         dx.stride(0),
-        native.dtype_number(dy.dtype),
+        native.DTYPE_NUMBERS[dy.dtype],
         torch.get_num_threads(),
     )
