@@ -118,7 +118,7 @@ def register(cls: type[_T]) -> type[_T]:
 def operands(weight: Tensor | FrozenTensor) -> Operands:
     """The op arguments of OPERANDS_SCHEMA that stand for `weight`."""
     if isinstance(weight, FrozenTensor):
-        return *weight.parts, weight.shape, _layout(weight.format, weight.block_size)
+        return *weight.parts, weight.shape, f"{weight.format}:{weight.block_size}"
     return weight, None, None, None, weight.shape, ""
 
 
@@ -129,11 +129,6 @@ def from_operands(dtype: torch.dtype, *args: Any) -> Any:
         return data
     cls, block_size = _read_layout(layout)
     return cls.from_parts((data, *scales), tuple(shape), dtype, block_size)
-
-
-@functools.cache
-def _layout(name: str, block_size: int) -> str:
-    return f"{name}:{block_size}"
 
 
 @functools.cache

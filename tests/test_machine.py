@@ -13,7 +13,8 @@ from torch import nn
 
 import lora_ops
 from lora_ops import cli
-from lora_ops.runtime import machine
+from lora_ops.kernels.lora_linear import native_abi
+from lora_ops.runtime import machine, native
 from tests import models
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -57,9 +58,13 @@ def test_the_answer_for_this_cpu() -> None:
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_inject_tells_once(
-    onednn: Callable[[bool], None], caplog: pytest.LogCaptureFixture, dtype: torch.dtype
+    onednn: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
 ) -> None:
     onednn(False)
+    monkeypatch.setattr(native_abi, "takes_dense", lambda weight: False)
     with caplog.at_level(logging.WARNING, "lora_ops"):
         lora_ops.inject(models.llama(dtype=dtype), r=2)
         lora_ops.inject(models.gpt2(dtype=dtype), r=2)
@@ -68,6 +73,21 @@ def test_inject_tells_once(
     assert "q_proj.base_layer.weight, " in message
     assert "dtype=torch.float32" in message
     assert message.count("_proj") == 3, "a few names, not all"
+
+
+def test_weights_that_lora_ops_multiplies_are_not_slow(
+    onednn: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    onednn(False)
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native_abi, "takes_dense", lambda weight: weight.stride(1) == 1)
+    with caplog.at_level(logging.WARNING, "lora_ops"):
+        lora_ops.inject(models.llama(dtype=torch.bfloat16), r=2)
+        lora_ops.inject(models.llama(dtype=torch.float16), r=2, target_modules=["q_proj", "v_proj"])
+    messages = [r.getMessage() for r in caplog.records if "120 times" in r.getMessage()]
+    assert "1 frozen weights are dense bfloat16" in messages[0]
+    assert "lm_head.weight" in messages[0]
+    assert "11 frozen weights are dense float16" in messages[1]  # but for q_proj and v_proj of both layers
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -173,7 +173,7 @@ LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t
 LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
                                                 int64_t block_size, const float* map, float* out, int n_threads);
 
-/* Whether the two functions that follow take dense weights of this dtype here: 1 or 0. */
+/* Whether the two functions that follow multiply dense weights of this dtype faster than torch here: 1 or 0. */
 LORA_OPS_API int lora_ops_takes_dense(int dtype);
 
 /* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] = x Wᵀ + bias + scale s Bᵀ; without a weight y holds x Wᵀ + bias already. x,

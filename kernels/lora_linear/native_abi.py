@@ -65,9 +65,9 @@ def adapter_view(
     return AdapterView(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
 
 
-def takes_dense(dtype: torch.dtype) -> bool:
-    """Whether `lora_forward` and `lora_backward` take dense weights of this dtype with the instruction set in use."""
-    return bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[dtype]))
+def takes_dense(weight: Tensor) -> bool:
+    """Whether `forward` and `backward` can multiply a dense weight [N, K], and faster than torch does here."""
+    return weight.stride(1) == 1 and bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype]))
 
 
 def dense_view(weight: Tensor) -> WeightView:

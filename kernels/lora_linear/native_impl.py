@@ -1,8 +1,9 @@
-"""Linear layer with a low-rank update on the CPU: base products by torch's GEMM or the NF4 kernels, the rest by csrc.
+"""Linear layer with a low-rank update on the CPU, in C++: csrc/cpu/lora and gemm.
 
-Where the C library multiplies with W in bfloat16 (NF4 or dense, on AVX-512-BF16), the low-rank term is R more terms of
-the same sums. Elsewhere it is added row by row, in float32, to a product that was rounded before. The backward reads dY
-once for dS, dB and db, and x once for dA, besides the product with W. The formulas are those of reference.py.
+A dense W in float32 is multiplied by torch, as is one of 16 bits where torch has a fast product of the dtype. With
+bfloat16 on AVX-512-BF16 the low-rank term is R more terms of the same sums. Elsewhere it is added row by row, in
+float32, to a product that was rounded before. The backward reads dY once for dS, dB and db, and x once for dA, besides
+the product with W. The formulas are those of reference.py.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ def _weight(weight: Tensor | NF4Tensor) -> nf4_abi.WeightView | None:
     """The weight as the C library multiplies it, or None where torch does."""
     if isinstance(weight, NF4Tensor):
         return nf4_abi.weight_of(weight).operand
-    if weight.stride(1) == 1 and native_abi.takes_dense(weight.dtype):
-        return native_abi.dense_view(weight)
-    return None
+    return native_abi.dense_view(weight) if native_abi.takes_dense(weight) else None
 
 
 def lora_linear(

@@ -129,7 +129,7 @@ def _run_on_ops(model: PeftModel, quantize: str | None, kept: Mapping[str, str])
         model.base_model.__class__ = peft_layers.LoraModel
     describe.describe(model)
     know_nf4_parameters(model)
-    warn_slow_16bit(model)
+    warn_slow_16bit(model, peft_layers.own_products(model))
 
 
 def _check_given(model: PeftModel, quantize: str | None, options: list[str]) -> None:

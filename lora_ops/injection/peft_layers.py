@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_ops import functional
 from lora_ops.injection import methods
 from lora_ops.injection.linears import why_not_linear
+from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
 from lora_ops.quant.nf4 import NF4Tensor
+from lora_ops.runtime import native
 from lora_ops.runtime.checks import autocasting, dtype_name
 
 logger = logging.getLogger("lora_ops")
@@ -66,6 +68,14 @@ def why_not_fused(layer: LoraLayer) -> str | None:
     """Why a forward of the layer in its present state runs PEFT's math, or None if `lora_linear` runs it."""
     parts = fused_parts(layer)
     return parts if isinstance(parts, str) else None
+
+
+def own_products(model: nn.Module) -> set[nn.Module]:
+    """The dense base layers on the CPU whose products are, in their present state, lora_ops' own and not torch's."""
+    if not native.available():
+        return set()
+    fused = (p for m in model.modules() if isinstance(m, LoraLayer) and isinstance(p := fused_parts(m), Parts))
+    return {p.base for p in fused if p.weight.dtype in native.FLOAT_DTYPES and native_abi.takes_dense(p.weight)}
 
 
 def fused_parts(layer: LoraLayer) -> Parts | str:

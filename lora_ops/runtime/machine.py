@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import platform
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from lora_ops.runtime.checks import dtype_name
 logger = logging.getLogger("lora_ops")
 
 SLOW_16BIT_REMEDY = (
-    'load the model with dtype=torch.float32; 16-bit products with NF4 weights (quantize="nf4") are not slow'
+    "load the model with dtype=torch.float32; LoRA layers and NF4 weights are multiplied by lora_ops and are not slow"
 )
 DTYPES_16BIT = (torch.bfloat16, torch.float16)
 _NAMES_TOLD = 3
@@ -48,12 +49,15 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def warn_slow_16bit(model: nn.Module) -> None:
-    """Say once for each 16-bit dtype that frozen dense weights of the model are in it where its products are slow."""
+def warn_slow_16bit(model: nn.Module, own: Collection[nn.Module] = ()) -> None:
+    """Say once for each 16-bit dtype that frozen dense weights of the model are in it where its products are slow.
+
+    Those of the layers `own` are multiplied by lora_ops and not by torch.
+    """
     for dtype in DTYPES_16BIT:
         if dtype in _told or slow_16bit_reason(dtype) is None:
             continue
-        frozen = _frozen_matrices(model, dtype)
+        frozen = _frozen_matrices(model, dtype, own)
         if frozen:
             _told.add(dtype)
             some = ", ".join(list(frozen)[:_NAMES_TOLD]) + (", ..." if len(frozen) > _NAMES_TOLD else "")
@@ -68,12 +72,12 @@ def warn_slow_16bit(model: nn.Module) -> None:
             )
 
 
-def _frozen_matrices(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes, by name, of the frozen weights on the CPU that the model multiplies with; not those of embeddings."""
+def _frozen_matrices(model: nn.Module, dtype: torch.dtype, own: Collection[nn.Module]) -> dict[str, int]:
+    """Bytes, by name, of the frozen weights on the CPU that torch multiplies with; not those of embeddings."""
     return {
         f"{name}.{key}".lstrip("."): p.nbytes
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Embedding)
+        if not isinstance(module, nn.Embedding) and module not in own
         for key, p in module.named_parameters(recurse=False)
         if p.dtype == dtype and p.is_cpu and p.dim() > 1 and not p.requires_grad
     }

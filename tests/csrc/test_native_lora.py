@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import lora_ops
-from lora_ops.functional import dequantize_nf4, quantize_nf4
+from lora_ops.functional import dequantize_nf4, lora_linear, quantize_nf4
 from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.philox import dropout_mask, keep_scale, threshold
 from lora_ops.quant.nf4 import native_abi as nf4_abi
@@ -187,34 +189,39 @@ def test_products_with_the_weight(
     weight: str,
 ) -> None:
     """Of bfloat16 the low-rank term is added to the sums of the product: rounded once."""
-    if weight == "dense" and not native_abi.takes_dense(dtype):
-        weight = "nf4"
     operands = Operands(m, n, k, r, dtype, adapter_dtype, p, weight)
     operands.check(operands.run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", ["dense", "nf4"])
 @pytest.mark.parametrize("m", [1, 4, 6, 8, 9, 16, 24, 33])
-def test_few_rows_with_the_weight(isa: str, m: int, weight: str) -> None:
+def test_few_rows_with_the_weight(isa: str, m: int, weight: str, dtype: torch.dtype) -> None:
     """Ranks of several vectors, and rows whose scales are looked up in several pieces, by each kernel for few rows."""
-    if weight == "dense" and not native_abi.takes_dense(torch.bfloat16):
-        weight = "nf4"
-    operands = Operands(m, 9, 4224, 70, torch.bfloat16, torch.float32, 0.1, weight)
+    operands = Operands(m, 9, 4224, 70, dtype, torch.float32, 0.1, weight)
     operands.check(operands.run())
 
 
-def test_a_dense_weight_that_is_not_taken_is_refused(isa: str) -> None:
-    o = Operands(20, 30, 40, 4, torch.float32, torch.float32, 0.0)
-    assert not native_abi.takes_dense(o.dtype)
-    low_rank, weight = native_abi.adapter_view(o.a, o.b, o.scale), native_abi.dense_view(o.w)
-    with pytest.raises(native.NativeError, match="lora_forward: refused its arguments"):
-        native_abi.forward(low_rank, o.x, torch.empty(o.m, o.r), o.y, weight)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_weights_are_multiplied_where_torch_is_slow(isa: str, dtype: torch.dtype) -> None:
+    """By the op, too: not one product with W is left to torch."""
+    features = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = "amx_bf16" in features if dtype == torch.bfloat16 else "avx512_fp16" in features
+    w = torch.randn(48, 32).to(dtype)
+    taken = dtype != torch.float32 and isa != "portable" and not fast
+    assert native_abi.takes_dense(w) == taken
+    assert not native_abi.takes_dense(w.T), "rows that are not contiguous"
+    x, a, b = torch.randn(5, 32).to(dtype).requires_grad_(), torch.randn(4, 32), torch.randn(48, 4)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, lora_ops.use_backend("native"):
+        lora_linear(x, w, a, b, scale=1.0).sum().backward()
+    by_torch = {event.key for event in profiler.key_averages()} & {"aten::linear", "aten::mm", "aten::matmul"}
+    assert bool(by_torch) != taken, by_torch
 
 
 def test_the_sum_of_both_products_is_rounded_once() -> None:
     """The low-rank term takes away the product itself, rounded: what is left is what rounding that first would lose."""
-    if not native_abi.takes_dense(torch.bfloat16):
-        pytest.skip("no bfloat16 product of the library's own here; run on a machine with AVX-512 BF16 and without AMX")
+    if native.isa() != "avx512_bf16":
+        pytest.skip("the sums of other instruction sets are rounded before; run on a machine with AVX-512 BF16")
     x, w = torch.randn(30, 64).bfloat16(), torch.randn(2, 64).bfloat16()
     y, s, b = torch.full((30, 2), torch.nan, dtype=torch.bfloat16), torch.empty(30, 2), -0.5 * torch.eye(2)
     native_abi.forward(native_abi.adapter_view(w, b, 2.0), x, s, y, native_abi.dense_view(w))
@@ -242,8 +249,6 @@ def test_many_rows_and_columns(isa: str, dtype: torch.dtype) -> None:
 def test_any_thread_count_gives_the_same_bits(
     isa: str, weight: str | None, dtype: torch.dtype, m: int, n: int, k: int, r: int
 ) -> None:
-    if weight == "dense" and not native_abi.takes_dense(dtype):
-        weight = None
     operands = Operands(m, n, k, r, dtype, torch.float32, 0.1, weight)
     results = []
     for threads in (1, 2, 3, 2):

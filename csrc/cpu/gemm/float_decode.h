@@ -1,5 +1,5 @@
-// W in fp32, for products in fp32 multiply-adds with activations of type T; written once for every instruction set. It is
-// code * absmax rounded to T, as dense torch holds it, and widened.
+// W in fp32, for products in fp32 multiply-adds with activations of type T; written once for every instruction set. An NF4
+// weight is code * absmax rounded to T, as dense torch holds it, and widened.
 //
 // V supplies vectors of kLanes floats of type F and what the blocking needs to know:
 //   Codec, table<T>(absmax)            of nf4/codec.h, and a Table<float> of values rounded to T
@@ -38,6 +38,23 @@ const float* decode_floats(const Gemm& g, int64_t begin, int64_t n, float* out) 
         }
     }
     return out + (begin - first);
+}
+
+template <class V, class T>
+void widen_floats(const T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) V::store(to + i, V::load(from + i));
+    for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// Elements [column, column + n) of a row of W, in out or where they stand; out has room for n + 62.
+template <class V, class T>
+const float* row_floats(const Gemm& g, int64_t row, int64_t column, int64_t n, float* out) {
+    if (!g.dense) return decode_floats<V, T>(g, row * g.k + column, n, out);
+    const T* const from = static_cast<const T*>(g.dense) + row * g.stride_dense + column;
+    if constexpr (sizeof(T) == sizeof(float)) return from;
+    widen_floats<V>(from, n, out);
+    return out;
 }
 
 }  // namespace

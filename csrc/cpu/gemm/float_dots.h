@@ -1,4 +1,4 @@
-// y for a few rows of x: rows of W are decoded to the L1 cache and multiplied along K.
+// y for a few rows of x: rows of W, decoded to the L1 cache where they are NF4, are multiplied along K.
 #pragma once
 
 #include "gemm/float_decode.h"
@@ -23,9 +23,7 @@ void float_dot_task(const Gemm& g, int64_t task) {
         for (auto& row : sum) {
             for (F& s : row) s = V::zero();
         }
-        for (int64_t begin = 0; begin < g.k; begin += kSpan) {
-            const int64_t n = lesser(kSpan, g.k - begin);
-            const float* const w = decode_floats<V, T>(g, column * g.k + begin, n, buffer);
+        const auto add = [&](const auto* w, int64_t begin, int64_t n) {
             int64_t k = 0;
             for (; k + kUnroll * V::kLanes <= n; k += kUnroll * V::kLanes) {
                 for (int u = 0; u < kUnroll; ++u) {
@@ -36,8 +34,13 @@ void float_dot_task(const Gemm& g, int64_t task) {
                 }
             }
             for (; k < n; ++k) {
-                for (int i = 0; i < m; ++i) rest[i] += to_float(x[i * g.stride_x + begin + k]) * w[k];
+                for (int i = 0; i < m; ++i) rest[i] += to_float(x[i * g.stride_x + begin + k]) * to_float(w[k]);
             }
+        };
+        if (g.dense) add(static_cast<const T*>(g.dense) + column * g.stride_dense, 0, g.k);
+        for (int64_t begin = 0; !g.dense && begin < g.k; begin += kSpan) {
+            const int64_t n = lesser(kSpan, g.k - begin);
+            add(decode_floats<V, T>(g, column * g.k + begin, n, buffer), begin, n);
         }
         for (int i = 0; i < m; ++i) {
             float y = V::sum(V::add(sum[i][0], sum[i][1])) + rest[i];

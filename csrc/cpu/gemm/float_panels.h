@@ -43,7 +43,7 @@ struct FloatEngine {
                     const int64_t at = column + V::kLanes * vector + i;
                     row[i] = rows + i * kRoom;
                     if (at < g.n) {
-                        row[i] = decode_floats<V, T>(g, at * g.k + begin + k, n, rows + i * kRoom);
+                        row[i] = row_floats<V, T>(g, at, begin + k, n, rows + i * kRoom);
                     } else {
                         memset(rows + i * kRoom, 0, sizeof(float) * kRoom);
                     }
@@ -63,8 +63,8 @@ struct FloatEngine {
         const int64_t n = lesser(kWidth, g.k - column);
         if (n <= 0) return static_cast<void>(memset(panel, 0, sizeof(float) * depth * kWidth));
         for (int64_t i = 0; i < depth; ++i) {
-            const float* from = decode_floats<V, T>(g, (begin + i) * g.k + column, n, row);
-            memcpy(panel + i * kWidth, from, sizeof(float) * kWidth);
+            const float* from = row_floats<V, T>(g, begin + i, column, n, row);
+            memcpy(panel + i * kWidth, from, sizeof(float) * (g.dense ? n : kWidth));
         }
     }
 
@@ -77,19 +77,13 @@ struct FloatEngine {
             stride_x = t.stride_x;
         } else {
             float* const wide = static_cast<float*>(scratch);
-            for (int i = 0; i < rows; ++i) widen(t.x + i * t.stride_x, t.depth, wide + i * kDepth);
+            for (int i = 0; i < rows; ++i) widen_floats<V>(t.x + i * t.stride_x, t.depth, wide + i * kDepth);
             x = wide;
             stride_x = kDepth;
         }
         for (int part = 0; part < kParts && part * kWidth < t.columns; ++part) {
             part_of_tile<rows>(t, x, stride_x, part * kWidth);
         }
-    }
-
-    static void widen(const T* from, int64_t n, float* to) {
-        int64_t i = 0;
-        for (; i + V::kLanes <= n; i += V::kLanes) V::store(to + i, V::load(from + i));
-        for (; i < n; ++i) to[i] = to_float(from[i]);
     }
 
     template <int rows>

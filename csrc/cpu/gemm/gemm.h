@@ -31,9 +31,9 @@ struct Gemm {
     bool dx;
     int64_t columns;  // of y: N, or K with dx
     int64_t depth;    // terms of each sum: K, or N with dx
-    const void* dense = nullptr;  // W in x's dtype, in the place of w; where the route fuses
+    const void* dense = nullptr;  // W in x's dtype, in the place of w
     int64_t stride_dense = 0;
-    const LowRank* low_rank = nullptr;  // likewise
+    const LowRank* low_rank = nullptr;  // where the route fuses
 };
 
 // Tasks write disjoint parts of y and may run in any order, on any thread. Which terms are added to which, and in which
@@ -45,13 +45,13 @@ struct GemmPlan {
     int64_t shared_bytes;   // that prepare writes and all tasks read
 };
 
-// One way to compute products.
+// One way to compute products with a weight of either kind.
 struct GemmRoute {
     bool (*serves)(const Gemm& g);
     GemmPlan (*plan)(const Gemm& g, int n_threads);
     void (*prepare)(const Gemm& g, char* shared);  // once, before the tasks; or NULL
     void (*task)(const Gemm& g, const GemmPlan& plan, int64_t task, const char* shared, char* scratch);
-    bool fuses = false;  // whether it takes a dense weight and a low-rank update
+    bool fuses = false;  // whether it takes a low-rank update
 };
 
 // Dots multiply along the depth, for few rows of x; panels of W are transposed, which pays for many. routes.cpp chooses.
@@ -63,7 +63,7 @@ extern const GemmRoute kBf16RegisterDots, kBf16RaggedDots, kBf16WideDots, kBf16P
 // Runs it on the instruction set in use; a lora_ops_status.
 int run_gemm(const Gemm& g, int n_threads);
 
-// Whether the instruction set in use can do this product with a dense weight or a low-rank update.
+// Whether the instruction set in use can do this product with a low-rank update.
 bool gemm_fuses(const Gemm& g);
 
 }  // namespace lora_ops

@@ -128,7 +128,7 @@ void dot_task(const Gemm& g, const float* x, int64_t task) {
 }
 
 inline bool serves_register_dots(const Gemm& g) {
-    return !g.dx && g.m <= kMostRegisterDotRows && g.k > 0 && g.k % 64 == 0 && g.w.block_size % 64 == 0;
+    return !g.dense && !g.dx && g.m <= kMostRegisterDotRows && g.k > 0 && g.k % 64 == 0 && g.w.block_size % 64 == 0;
 }
 
 inline GemmPlan plan_register_dots(const Gemm& g, int) {

@@ -38,7 +38,7 @@ int run_gemm(const Gemm& g, int n_threads) {
     if (!g.y || (g.m > 1 && g.stride_y < g.columns)) return LORA_OPS_BAD_ARGUMENT;
     if (g.depth > 0 && (!g.x || (!g.dense && !is_valid(&g.w)))) return LORA_OPS_BAD_ARGUMENT;
     const GemmRoute& route = route_of(g);
-    if ((g.dense || g.low_rank) && !route.fuses) return LORA_OPS_BAD_ARGUMENT;
+    if (g.low_rank && !route.fuses) return LORA_OPS_BAD_ARGUMENT;
     const GemmPlan plan = route.plan(g, n_threads);
     const int64_t useful = g.n * g.k / kElementsPerThread + 1;
     const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));

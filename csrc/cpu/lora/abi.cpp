@@ -42,13 +42,17 @@ int useful_threads_of_s(const lora_ops_adapter& adapter, int64_t m, int n_thread
     return useful_threads(work, kWorkPerThreadOfS, n_threads);
 }
 
-// oneDNN multiplies dense bfloat16 in AMX tiles, many times as fast as anything here.
-bool has_amx() {
+// Whether torch multiplies a dense weight of 16 bits at the speed of the machine: bfloat16 on AVX-512 with AMX tiles and
+// float16 with AVX-512 FP16. Without, it has no kernels for float16 and, below AVX-512, none for bfloat16: dY W takes 100
+// times as long as in float32.
+bool torch_is_fast(int dtype) {
 #if defined(LORA_OPS_X86)
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+    unsigned eax, ebx, ecx, edx = 0;
+    __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    constexpr unsigned kAmxBf16 = 1u << 22, kAvx512Fp16 = 1u << 23;
+    return edx & (dtype == LORA_OPS_BF16 ? kAmxBf16 : kAvx512Fp16);
 #else
-    return false;
+    return true;  // not known
 #endif
 }
 
@@ -79,7 +83,8 @@ int64_t bytes_of_s(const lora_ops_adapter& adapter, int64_t m) {
 using namespace lora_ops;
 
 int lora_ops_takes_dense(int dtype) {
-    return dtype == LORA_OPS_BF16 && current_isa() == LORA_OPS_ISA_AVX512_BF16 && !has_amx();
+    if (dtype == LORA_OPS_F32 || current_isa() == LORA_OPS_ISA_PORTABLE) return false;
+    return !torch_is_fast(dtype);
 }
 
 int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight* weight, const void* bias,
