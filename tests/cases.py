@@ -42,7 +42,7 @@ class LinearCase:
     Attributes:
         m, n, k, r: tokens, out-features, in-features, rank; r = 0 means no adapter.
         dtype: of the activations, the bias and a dense weight.
-        weight: "nf4" or "dense".
+        weight: "nf4", "dense", or "transposed": dense, and its transpose lies in memory, as a Conv1D's.
         block_size, double_quant: of an NF4 weight.
         adapter_dtype: of lora_a and lora_b; dtype if None.
         bias: whether there is one.
@@ -119,8 +119,10 @@ class LinearCase:
             weight = replace(weight, dtype=c.dtype)
         elif c.weight == "dense":
             weight = place(w, c.dtype)
+        elif c.weight == "transposed":
+            weight = place(w.T, c.dtype).T
         else:
-            raise ValueError(f"weight: expected 'nf4' or 'dense', got {c.weight!r}")
+            raise ValueError(f"weight: expected 'nf4', 'dense' or 'transposed', got {c.weight!r}")
         adapter = c.adapter_dtype or c.dtype
         return LinearInputs(
             case=c,

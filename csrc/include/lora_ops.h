@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised with every change that an older caller would not survive; lora_ops/runtime/native.py holds the same number. */
-#define LORA_OPS_ABI_VERSION 3
+#define LORA_OPS_ABI_VERSION 4
 
 typedef enum {
     LORA_OPS_OK = 0,
@@ -56,11 +56,12 @@ typedef struct {
     int64_t block_size; /* a multiple of 32 */
 } lora_ops_nf4_weight;
 
-/* A frozen weight W [n, k]: NF4, or, where dense is not NULL, dense in the activations' dtype with rows stride elements
- * apart. */
+/* A frozen weight W [n, k]: NF4, or, where dense is not NULL, dense in the activations' dtype. Dense points to W, or if
+ * transposed to its transpose [k, n]; its rows are stride elements apart. */
 typedef struct {
     const void* dense;
     int64_t stride;
+    int transposed;
     lora_ops_nf4_weight nf4;
 } lora_ops_weight;
 
@@ -173,8 +174,8 @@ LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t
 LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
                                                 int64_t block_size, const float* map, float* out, int n_threads);
 
-/* Whether the two functions that follow multiply dense weights of this dtype faster than torch here: 1 or 0. */
-LORA_OPS_API int lora_ops_takes_dense(int dtype);
+/* Whether the two functions that follow multiply such a dense weight faster than torch does here: 1 or 0. */
+LORA_OPS_API int lora_ops_takes_dense(int dtype, int transposed);
 
 /* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] = x Wᵀ + bias + scale s Bᵀ; without a weight y holds x Wᵀ + bias already. x,
  * y and bias (or NULL) are of dtype, rows of x and y stride_x and stride_y elements apart. A, B and scale s may be rounded

@@ -30,7 +30,7 @@ class AdapterView(Structure):
     )
 
 
-_TAKES_DENSE = native.Function("takes_dense", c_int)
+_TAKES_DENSE = native.Function("takes_dense", c_int, c_int)
 _LORA_FORWARD = native.Function(
     "lora_forward",
     *(POINTER(AdapterView), POINTER(WeightView), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
@@ -67,12 +67,16 @@ def adapter_view(
 
 def takes_dense(weight: Tensor) -> bool:
     """Whether `forward` and `backward` can multiply a dense weight [N, K], and faster than torch does here."""
-    return weight.stride(1) == 1 and bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype]))
+    by_rows = weight.stride(1) == 1
+    return (by_rows or weight.stride(0) == 1) and bool(
+        _TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype], not by_rows)
+    )
 
 
 def dense_view(weight: Tensor) -> WeightView:
-    """The C view of a dense weight [N, K] with unit stride along K."""
-    return WeightView(weight.data_ptr(), weight.stride(0))
+    """The C view of a dense weight [N, K] with unit stride along K, or along N as a Conv1D's has."""
+    by_rows = weight.stride(1) == 1
+    return WeightView(weight.data_ptr(), weight.stride(0 if by_rows else 1), not by_rows)
 
 
 def forward(

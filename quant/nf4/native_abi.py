@@ -35,7 +35,7 @@ class NF4Weight(Structure):
 class WeightView(Structure):
     """`lora_ops_weight`: a pointer into a tensor, which the caller keeps alive, or an NF4 weight."""
 
-    _fields_ = (("dense", c_void_p), ("stride", c_int64), ("nf4", NF4Weight))
+    _fields_ = (("dense", c_void_p), ("stride", c_int64), ("transposed", c_int), ("nf4", NF4Weight))
 
 
 _QUANTIZE = native.Function("nf4_quantize", c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, argument="w")

@@ -84,7 +84,7 @@ def run(source: Path, files: list[str], expression: str, name: str, plugin: str 
     command = [
         sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(source), "-p", "no:cacheprovider", "-q",
         "--tb=line",
-        "-n", "2", "-k", expression, f"--junitxml={report}", *(["-p", plugin] if plugin else []),
+        "-n", "2", "-k", expression, f"--junitxml={report}", "-p", "offline", *(["-p", plugin] if plugin else []),
         *(f"tests/{file}" for file in files),
     ]  # fmt: skip
     # PEFT's folder comes first, whose `tests` is not ours; the plugin is found by its own folder.

@@ -1,4 +1,4 @@
-// y for a few rows of x: rows of W, decoded to the L1 cache where they are NF4, are multiplied along K.
+// y for a few rows of x, or dX where Wᵀ lies in memory: rows of W, decoded to the L1 cache where they are NF4, are multiplied along K.
 #pragma once
 
 #include "gemm/float_decode.h"
@@ -16,7 +16,7 @@ void float_dot_task(const Gemm& g, int64_t task) {
     constexpr int kUnroll = 2;
     alignas(64) float buffer[kSpan + 64];
     const T* const x = static_cast<const T*>(g.x);
-    const int64_t end = lesser((task + 1) * kFloatDotColumns, g.n);
+    const int64_t end = lesser((task + 1) * kFloatDotColumns, g.columns);
     for (int64_t column = task * kFloatDotColumns; column < end; ++column) {
         F sum[m][kUnroll];
         float rest[m] = {};
@@ -37,9 +37,9 @@ void float_dot_task(const Gemm& g, int64_t task) {
                 for (int i = 0; i < m; ++i) rest[i] += to_float(x[i * g.stride_x + begin + k]) * to_float(w[k]);
             }
         };
-        if (g.dense) add(static_cast<const T*>(g.dense) + column * g.stride_dense, 0, g.k);
-        for (int64_t begin = 0; !g.dense && begin < g.k; begin += kSpan) {
-            const int64_t n = lesser(kSpan, g.k - begin);
+        if (g.dense) add(static_cast<const T*>(g.dense) + column * g.stride_dense, 0, g.depth);
+        for (int64_t begin = 0; !g.dense && begin < g.depth; begin += kSpan) {
+            const int64_t n = lesser(kSpan, g.depth - begin);
             add(decode_floats<V, T>(g, column * g.k + begin, n, buffer), begin, n);
         }
         for (int i = 0; i < m; ++i) {
@@ -52,10 +52,10 @@ void float_dot_task(const Gemm& g, int64_t task) {
 
 template <class V>
 constexpr GemmRoute float_dots() {
-    return {[](const Gemm& g) { return !g.dx && g.m <= kMostFloatDotRows; },
+    return {[](const Gemm& g) { return g.columns_are_rows() && g.m <= kMostFloatDotRows; },
             [](const Gemm& g, int) {
                 GemmPlan plan = {};
-                plan.tasks = ceil_div(g.n, kFloatDotColumns);
+                plan.tasks = ceil_div(g.columns, kFloatDotColumns);
                 return plan;
             },
             nullptr,

@@ -24,10 +24,10 @@ struct FloatEngine {
     static void panel(const Gemm& g, int64_t column, int64_t begin, int64_t depth, void* panel) {
         for (int part = 0; part < kParts; ++part) {
             float* const to = static_cast<float*>(panel) + part * depth * kWidth;
-            if (g.dx) {
-                part_of_columns(g, column + part * kWidth, begin, depth, to);
-            } else {
+            if (g.columns_are_rows()) {
                 part_of_rows(g, column + part * kWidth, begin, depth, to);
+            } else {
+                part_of_columns(g, column + part * kWidth, begin, depth, to);
             }
         }
     }
@@ -42,7 +42,7 @@ struct FloatEngine {
                 for (int i = 0; i < V::kLanes; ++i) {
                     const int64_t at = column + V::kLanes * vector + i;
                     row[i] = rows + i * kRoom;
-                    if (at < g.n) {
+                    if (at < g.columns) {
                         row[i] = row_floats<V, T>(g, at, begin + k, n, rows + i * kRoom);
                     } else {
                         memset(rows + i * kRoom, 0, sizeof(float) * kRoom);
@@ -60,11 +60,12 @@ struct FloatEngine {
 
     static void part_of_columns(const Gemm& g, int64_t column, int64_t begin, int64_t depth, float* panel) {
         alignas(64) float row[kWidth + 64] = {};
-        const int64_t n = lesser(kWidth, g.k - column);
+        const int64_t n = lesser(kWidth, g.columns - column);
         if (n <= 0) return static_cast<void>(memset(panel, 0, sizeof(float) * depth * kWidth));
         for (int64_t i = 0; i < depth; ++i) {
             const float* from = row_floats<V, T>(g, begin + i, column, n, row);
-            memcpy(panel + i * kWidth, from, sizeof(float) * (g.dense ? n : kWidth));
+            memcpy(panel + i * kWidth, from, sizeof(float) * n);
+            if (n < kWidth) memset(panel + i * kWidth + n, 0, sizeof(float) * (kWidth - n));
         }
     }
 

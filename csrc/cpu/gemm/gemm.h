@@ -32,8 +32,12 @@ struct Gemm {
     int64_t columns;  // of y: N, or K with dx
     int64_t depth;    // terms of each sum: K, or N with dx
     const void* dense = nullptr;  // W in x's dtype, in the place of w
-    int64_t stride_dense = 0;
+    int64_t stride_dense = 0;           // between its rows
+    bool transposed = false;            // dense is Wᵀ [K, N]
     const LowRank* low_rank = nullptr;  // where the route fuses
+
+    // Whether a column of y is a row of the weight as it lies in memory.
+    bool columns_are_rows() const { return dx == transposed; }
 };
 
 // Tasks write disjoint parts of y and may run in any order, on any thread. Which terms are added to which, and in which

@@ -96,8 +96,8 @@ struct Bf16Engine {
     static void dense_panel(const Gemm& g, int64_t column, int64_t begin, int64_t depth, uint16_t* panel) {
         const BF16* const w = static_cast<const BF16*>(g.dense);
         const int64_t columns = lesser(kColumns, g.columns - column), stride = g.stride_dense;
-        if (g.dx) return copy_columns(w + begin * stride + column, stride, columns, depth, panel);
-        copy_rows(w + column * stride + begin, stride, columns, depth, panel);
+        if (g.columns_are_rows()) return copy_rows(w + column * stride + begin, stride, columns, depth, panel);
+        copy_columns(w + begin * stride + column, stride, columns, depth, panel);
     }
 
     static void low_rank_panel(const Gemm& g, int64_t column, void* panel) {

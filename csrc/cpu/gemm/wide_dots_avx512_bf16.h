@@ -173,7 +173,9 @@ inline void wide_dot(const Gemm& g, const BF16* x, int64_t column, int64_t colum
     write_wide(g, column, columns, scratch.sums);
 }
 
-inline bool serves_wide_dots(const Gemm& g) { return g.dtype == LORA_OPS_BF16 && !g.dx && g.m <= most_wide_rows(g); }
+inline bool serves_wide_dots(const Gemm& g) {
+    return g.dtype == LORA_OPS_BF16 && !g.dx && !g.transposed && g.m <= most_wide_rows(g);
+}
 
 inline GemmPlan plan_wide_dots(const Gemm& g, int) {
     GemmPlan plan = {};

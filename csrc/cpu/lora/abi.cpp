@@ -61,7 +61,7 @@ Gemm product_y(const LoraForward& f, const lora_ops_weight& weight, const void* 
     const lora_ops_adapter& adapter = f.adapter;
     const auto dtype = static_cast<lora_ops_dtype>(f.dtype);
     return {weight.nf4, adapter.n, adapter.k, f.x, f.m, f.stride_x, bias, f.y, f.stride_y, dtype, false, adapter.n,
-            adapter.k, weight.dense, weight.stride};
+            adapter.k, weight.dense, weight.stride, weight.dense && weight.transposed};
 }
 
 // dX = dY W.
@@ -69,7 +69,7 @@ Gemm product_dx(const LoraBackward& b, const lora_ops_weight& weight) {
     const lora_ops_adapter& adapter = b.adapter;
     const auto dtype = static_cast<lora_ops_dtype>(b.dtype);
     return {weight.nf4, adapter.n, adapter.k, b.dy, b.m, b.stride_dy, nullptr, b.dx, b.stride_dx, dtype, true, adapter.k,
-            adapter.n, weight.dense, weight.stride};
+            adapter.n, weight.dense, weight.stride, weight.dense && weight.transposed};
 }
 
 // Of scale S, or of dS, in 16 bits.
@@ -82,8 +82,10 @@ int64_t bytes_of_s(const lora_ops_adapter& adapter, int64_t m) {
 
 using namespace lora_ops;
 
-int lora_ops_takes_dense(int dtype) {
+int lora_ops_takes_dense(int dtype, int transposed) {
     if (dtype == LORA_OPS_F32 || current_isa() == LORA_OPS_ISA_PORTABLE) return false;
+    // Here oneDNN is as fast for many rows, and for few faster than panels are.
+    if (transposed && dtype == LORA_OPS_BF16 && current_isa() == LORA_OPS_ISA_AVX512_BF16) return false;
     return !torch_is_fast(dtype);
 }
 

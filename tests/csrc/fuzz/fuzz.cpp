@@ -132,14 +132,15 @@ void lora(Random& random) {
     const int wanted = static_cast<int>(random.integer(0, 15));
 
     // Without a weight, over NF4, or over a dense one.
-    Matrix w(random, dtype, n, k), flat(random, dtype, 1, n * k), bias(random, dtype, 1, n);
+    const bool transposed = random.coin();
+    Matrix w(random, dtype, transposed ? k : n, transposed ? n : k), flat(random, dtype, 1, n * k), bias(random, dtype, 1, n);
     const int64_t block = any_block_size(random);
     Matrix absmax(random, LORA_OPS_F32, 1, ceil_div(n * k, block));
     Bytes packed(random, (n * k + 1) / 2);
     FUZZ_CHECK(lora_ops_nf4_quantize(flat.data(), dtype, n * k, block, packed.data(), absmax.floats(), 1) ==
                LORA_OPS_OK);
     const bool dense = random.coin();
-    const lora_ops_weight over = {dense ? w.data() : nullptr, w.stride,
+    const lora_ops_weight over = {dense ? w.data() : nullptr, w.stride, transposed,
                                   {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block}};
     const lora_ops_weight* const weight = random.coin() ? &over : nullptr;
     void* const bias_ = random.coin() ? bias.data() : nullptr;
