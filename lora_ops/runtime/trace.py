@@ -69,5 +69,5 @@ def trace() -> Iterator[Trace]:
 def record(call: OpCall) -> None:
     """Note a call in every open trace."""
     with _lock:
-        for trace in open_traces:
-            trace.calls.append(call)
+        for opened in open_traces:
+            opened.calls.append(call)

@@ -1,4 +1,5 @@
-// y for a few rows of x, or dX where Wᵀ lies in memory: rows of W, decoded to the L1 cache where they are NF4, are multiplied along K.
+// y for a few rows of x, or dX where Wᵀ lies in memory: rows of what lies there, decoded to the L1 cache where it is NF4,
+// are multiplied along the depth.
 #pragma once
 
 #include "gemm/float_decode.h"
