@@ -47,7 +47,7 @@ def _count(function: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     peft.get_peft_model = peft.mapping_func.get_peft_model = _then_inject(peft.mapping_func.get_peft_model)
-    for cls in (peft.PeftModel, *peft.mapping.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
+    for cls in (peft.PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
         if "from_pretrained" in vars(cls):
             cls.from_pretrained = classmethod(_then_inject(vars(cls)["from_pretrained"].__func__))
     peft_layers._fused = _count(peft_layers._fused)
