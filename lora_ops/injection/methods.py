@@ -32,9 +32,9 @@ def watch() -> None:
         _hook = register_module_module_registration_hook(_on_registration)
 
 
-def _on_registration(parent: nn.Module, name: str, child: nn.Module) -> None:
+def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     package = type(parent).__module__.split(".")
-    if package[0] != "peft":
+    if package[0] != "peft" or child is None:  # None: as PEFT's trainable tokens register a module that is not there
         return
     nf4 = next(((n, m) for n, m in child.named_modules() if isinstance(m, NF4Linear)), None)
     if nf4 is None:

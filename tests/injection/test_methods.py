@@ -304,3 +304,11 @@ def test_safe_merge_refuses_a_lora_bias_that_is_not_finite(quantize: str | None,
     after = layer.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before if "lora_" not in key)
     assert not layer.merged
+
+
+def test_a_module_of_pefts_that_registers_none() -> None:
+    """As its trainable tokens do."""
+    methods.watch()
+    layer = peft.tuners.lora.Linear(torch.nn.Linear(4, 4), "default", peft.LoraConfig(), r=2)
+    layer.register_module("absent", None)
+    assert layer.absent is None
