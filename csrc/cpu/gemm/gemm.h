@@ -31,9 +31,9 @@ struct Gemm {
     bool dx;
     int64_t columns;  // of y: N, or K with dx
     int64_t depth;    // terms of each sum: K, or N with dx
-    const void* dense = nullptr;  // W in x's dtype, in the place of w
+    const void* dense = nullptr;        // W in x's dtype, in the place of w
     int64_t stride_dense = 0;           // between its rows
-    bool transposed = false;            // dense is Wᵀ [K, N]
+    bool transposed = false;            // dense is Wᵀ [K, N]; never of an NF4 weight
     const LowRank* low_rank = nullptr;  // where the route fuses
 
     // Whether a column of y is a row of the weight as it lies in memory.

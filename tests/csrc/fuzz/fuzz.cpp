@@ -133,7 +133,8 @@ void lora(Random& random) {
 
     // Without a weight, over NF4, or over a dense one.
     const bool transposed = random.coin();
-    Matrix w(random, dtype, transposed ? k : n, transposed ? n : k), flat(random, dtype, 1, n * k), bias(random, dtype, 1, n);
+    Matrix w(random, dtype, transposed ? k : n, transposed ? n : k);
+    Matrix flat(random, dtype, 1, n * k), bias(random, dtype, 1, n);
     const int64_t block = any_block_size(random);
     Matrix absmax(random, LORA_OPS_F32, 1, ceil_div(n * k, block));
     Bytes packed(random, (n * k + 1) / 2);
