@@ -66,7 +66,7 @@ class Outcome:
     seconds: float = 0
 
     def row(self, part: str) -> str:
-        failed = f"{len(self.failed)}: {', '.join(self.failed[:3])}" if self.failed else "0"
+        failed = f"{len(self.failed)}: {', '.join(dict.fromkeys(self.failed[:3]))}" if self.failed else "0"
         today = datetime.datetime.now(datetime.timezone.utc).date()
         cells = (part, self.what, self.passed, failed.replace("|", "/"), self.skipped, f"{self.seconds / 60:.1f}")
         return f"| {' | '.join(map(str, (*cells, today, git_commit(), cpu_name())))} |"
@@ -165,14 +165,15 @@ def run_gate(version: str) -> Outcome:
     start = time.monotonic()
     command = [sys.executable, "-m", "tests.gpu_proof.gate", "--check"]
     environ = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)  # progress goes to stderr
+    # Progress goes to stderr, as do the failures: those are in the table that the gate writes, too.
+    done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="", flush=True)
     seconds = time.monotonic() - start
     counts = re.search(r"^(\d+) of (\d+) green", done.stdout, re.MULTILINE)
     if counts is None:
         return Outcome("compile gate", failed=(f"the gate ended with {done.returncode}",), seconds=seconds)
     green, every = map(int, counts.groups())
-    return Outcome("compile gate", green, failed=("see the gate's output",) * (every - green), seconds=seconds)
+    return Outcome("compile gate", green, failed=("in build/compile_gate.md",) * (every - green), seconds=seconds)
 
 
 def write(part: str, outcomes: Sequence[Outcome], has: Sequence[str]) -> None:

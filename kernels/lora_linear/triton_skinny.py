@@ -61,7 +61,10 @@ ROWS_16BIT = {
 COLUMNS_16BIT = {
     16: Tile(64, 128, 8, 3),  # with 4 warps Triton 3.6 spills on sm_80
     32: Tile(32, 128, 4, 3),
-    64: Tile(32, 128, 8, 2),
+    # Triton 3.8 spills 8 bytes on sm_120 to fit two programs an SM. A launch has about one an SM (TARGET_PROGRAMS): on
+    # chips with as many SMs the registers cost nothing; on smaller ones a second program no longer hides the first
+    # one's loads.
+    64: Tile(32, 128, 8, 2, maxnreg=255),
     128: Tile(32, 64, 8, 2),
     256: Tile(16, 64, 8, 2),
 }
@@ -70,17 +73,16 @@ BOTH_16BIT = {
     16: Tile(32, 256, 8, 3),
     32: Tile(16, 128, 4, 3),
 }
-# Where R is no multiple of 16 its operands load element by element, and other tiles do not spill. At rank 64 Triton 3.8
-# spills 8 bytes on sm_120 to fit two programs an SM. A launch has about one an SM (TARGET_PROGRAMS): on chips with as
-# many SMs the registers cost nothing; on smaller ones a second program no longer hides the first one's loads.
+# Where R is no multiple of 16 its operands load element by element, and other tiles do not spill.
 ROWS_ODD = ROWS_16BIT | {64: Tile(64, 32, 4, 3), 256: Tile(32, 16, 8, 2)}
-COLUMNS_ODD = COLUMNS_16BIT | {64: Tile(32, 128, 8, 2, maxnreg=255), 128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
+COLUMNS_ODD = COLUMNS_16BIT | {128: Tile(64, 64, 8, 2), 256: Tile(16, 32, 8, 2)}
 # Where rows of the activation are no multiple of 16 elements, they load element by element, and gfx942 keeps a mask of
-# each in two scalar registers: few elements a thread, of any rank.
+# each in two scalar registers: few elements a thread, of any rank. With rows of 32 elements Triton 3.8 spills there
+# from rank 17 on; with 8 warps, or without maxnreg, rank 24 spills on sm_100.
 ROWS_RAGGED = {
     16: Tile(64, 32, 4, 2),
-    32: Tile(64, 32, 4, 2),
-    64: Tile(64, 32, 8, 2),
+    32: Tile(64, 16, 4, 2, maxnreg=255),
+    64: Tile(64, 16, 8, 2),
     128: Tile(64, 16, 8, 2),
     256: Tile(32, 16, 8, 2),
 }

@@ -59,6 +59,9 @@ GEMM_16BIT = {
     64: Tile(64, 64, 64, 8, 3),
     128: Tile(128, 64, 32, 8, 4),  # with steps of 64 Triton 3.6 spills on sm_80, sm_89 and sm_120
 }
+# Where elements of x load, or those of the result are stored, one by one, which takes an address each: with the tiles
+# above Triton 3.8 spills a few bytes on sm_120 and gfx942.
+GEMM_ODD = GEMM_16BIT | {16: Tile(16, 64, 64, 8, 4), 32: Tile(32, 64, 64, 4, 2)}
 # Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
 GEMM_32BIT = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
 # Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
@@ -338,8 +341,8 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
     if m == 0 or j == 0:
         return x.new_empty(m, j)
     x = _whole_rows(x)
-    tables = (GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
     most = 128 if j % 16 == 0 else 64  # rows of an odd number of results are stored one by one, and 128 of them spill
+    tables = (GEMM_ODD if i % 16 or j % 16 else GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
     tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), most)]
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
     steps = max(1, triton.cdiv(i, tile.block_i))
