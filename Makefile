@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sweep peers faults matrix triton native cuda sanitize clean
+.PHONY: help demo test lint format bench sweep peers faults matrix triton native cuda sanitize arm clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -70,6 +70,9 @@ sanitize: $(VENV)/.test ## fuzz the C++ kernels under the address and undefined-
 	$${CXX:-c++} -std=c++17 -O1 -Wall -Wextra $(SANITIZE) -Icsrc/include tests/csrc/fuzz/fuzz.cpp \
 	  build/sanitize/lora_ops/_liblora_ops.so -Wl,-rpath,$(CURDIR)/build/sanitize/lora_ops -o build/sanitize/fuzz
 	build/sanitize/fuzz $(ARGS)
+
+arm: $(VENV)/.test ## build the C++ kernels for 64-bit ARM and test them under qemu (4 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.arm $(ARGS)
 
 clean: ## delete the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info lora_ops/_liblora_ops*.so demo_output

@@ -43,10 +43,15 @@ X86_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
+ARM64_FLAGS = {"neon": []}  # which every 64-bit ARM processor has
+# By the macro that sources ask for.
+ARCHITECTURES = {
+    "LORA_OPS_X86": (("x86_64", "amd64"), X86_FLAGS),
+    "LORA_OPS_ARM64": (("aarch64", "arm64"), ARM64_FLAGS),
+}
 # Each runs on its successors of the same generation; PTX of the last one serves what comes after.
 CUDA_ARCHITECTURES = os.environ.get("LORA_OPS_CUDA_ARCHITECTURES", "80,89,90,100,120").split(",")
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def find_nvcc() -> str | None:
@@ -79,9 +84,13 @@ class BuildNative(build_ext):
     def _build(self, library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         flags = [*FLAGS, f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / SOURCE_DIR}"]
-        if IS_X86:
-            flags.append("-DLORA_OPS_X86")
         user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        machine = self._machine([*compiler, *user_flags])
+        isas: dict[str, list[str]] = {}
+        for macro, (names, flags_of_isas) in ARCHITECTURES.items():
+            if machine in names:
+                flags.append(f"-D{macro}")
+                isas = flags_of_isas
         openmp = self._openmp(compiler)
         objects_dir = Path(self.build_temp)
         objects_dir.mkdir(parents=True, exist_ok=True)
@@ -89,10 +98,10 @@ class BuildNative(build_ext):
 
         objects = []
         for source in sorted((ROOT / SOURCE_DIR).glob("*/*.cpp")):
-            if source.stem in X86_FLAGS and not IS_X86:
-                continue
+            if source.stem not in isas and any(source.stem in others for _, others in ARCHITECTURES.values()):
+                continue  # for another architecture
             objects.append(str(objects_dir / f"{source.parent.name}_{source.stem}.o"))
-            isa_flags = X86_FLAGS.get(source.stem, [])
+            isa_flags = isas.get(source.stem, [])
             self._run([*compiler, *flags, *openmp, *user_flags, *isa_flags, "-c", str(source), "-o", objects[-1]])
         link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         self._run([*compiler, "-shared", "-o", str(library), *objects, *openmp, *link_flags])
@@ -110,6 +119,11 @@ class BuildNative(build_ext):
             self._run([nvcc, *CUDA_FLAGS, *code, *includes, "-shared", "-o", str(library), *sources])
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(f"lora_ops: the CUDA kernels were not built: {error}") from error
+
+    def _machine(self, compiler: list[str]) -> str:
+        """What the compiler builds for, as aarch64: a cross compiler's target is not this machine."""
+        asked = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+        return (asked.stdout.split("-")[0].strip() or platform.machine()).lower()
 
     def _openmp(self, compiler: list[str]) -> list[str]:
         probe = [*compiler, "-fopenmp", "-x", "c++", "-shared", "-fPIC", "-o", os.devnull, "-"]

@@ -24,7 +24,7 @@ ABI_VERSION = 4
 LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops.so"
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 
-ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 4}
 _ISA_AUTO = -1
 _NONFINITE = 2
 DTYPE_NUMBERS: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lora_ops_dtype

@@ -25,6 +25,8 @@ BELOW = {
     "pages": {"adamw"},
 }
 
+CROSS_COMPILERS = {"X86": "x86_64-linux-gnu-g++", "ARM64": "aarch64-linux-gnu-g++"}
+
 
 def flags_of_the_build() -> dict[str, list[str]]:
     """setup.py's constants whose names end with FLAGS, without running it."""
@@ -45,17 +47,19 @@ def test_headers_were_found() -> None:
 @pytest.mark.parametrize("path", HEADERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_header_stands_alone(path: Path) -> None:
     """It includes what it uses, and the flags of the instruction set that it is named after are all that it needs."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler: install g++ or clang++")
     flags = flags_of_the_build()
-    isas = [isa for isa in flags["X86_FLAGS"] if path.stem.endswith(isa)]
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if isas and not x86:
-        pytest.skip(f"{path.name} is for x86: run the test there")
+    here = {"x86_64": "X86", "amd64": "X86", "aarch64": "ARM64", "arm64": "ARM64"}.get(platform.machine().lower(), "")
+    wanted = {isa: name for name in CROSS_COMPILERS for isa in flags[f"{name}_FLAGS"] if path.stem.endswith(isa)}
+    target = next(iter(wanted.values()), here)
+    compiler = shutil.which("c++" if target == here else CROSS_COMPILERS[target])
+    if compiler is None:
+        advice = "g++ or clang++" if target == here else CROSS_COMPILERS[target]
+        pytest.skip(
+            f"no C++ compiler for {path.name}: install {advice}, or run the test on {target or 'another machine'}"
+        )
     command = [compiler, *flags["FLAGS"], "-Werror", "-Wno-unused-function", "-fsyntax-only", "-fopenmp"]
-    command += [flag for isa in isas for flag in flags["X86_FLAGS"][isa]]
-    command += ["-DLORA_OPS_X86"] * x86 + [f"-I{SOURCES}", f"-I{ROOT / 'csrc/include'}"]
+    command += [flag for isa in wanted for flag in flags[f"{target}_FLAGS"][isa]]
+    command += [f"-DLORA_OPS_{target}"] * bool(target) + [f"-I{SOURCES}", f"-I{ROOT / 'csrc/include'}"]
     done = subprocess.run([*command, "-include", path, "-x", "c++", "/dev/null"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

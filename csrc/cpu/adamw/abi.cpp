@@ -10,7 +10,9 @@
 
 namespace lora_ops {
 
-AdamwKernel adamw_kernel() { return for_current_isa<kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw>(); }
+AdamwKernel adamw_kernel() {
+    return for_current_isa<kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw, kNeonAdamw>();
+}
 
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {
     if (s.n < 0 || s.row < 0 || s.row >= rows || s.first % kAdamwBlock) return false;

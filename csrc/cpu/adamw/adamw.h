@@ -18,7 +18,7 @@ struct AdamwCodes {
 // Updates elements [begin, end) of a slice, with its row of constants; begin is a multiple of kAdamwBlock.
 using AdamwKernel = void (*)(const lora_ops_adamw_slice& s, int64_t begin, int64_t end, const float* row,
                              const AdamwCodes& codes, const uint64_t* seed);
-extern const AdamwKernel kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw;
+extern const AdamwKernel kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw, kNeonAdamw;
 
 AdamwKernel adamw_kernel();  // of the instruction set in use
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows);

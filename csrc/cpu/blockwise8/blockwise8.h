@@ -13,6 +13,7 @@ struct Blockwise8Kernels {
                        const Blockwise8Code& code, float* out);
 };
 
-extern const Blockwise8Kernels kPortableBlockwise8, kAvx2Blockwise8, kAvx512Blockwise8, kAvx512Bf16Blockwise8;
+extern const Blockwise8Kernels kPortableBlockwise8, kAvx2Blockwise8, kAvx512Blockwise8, kAvx512Bf16Blockwise8,
+    kNeonBlockwise8;
 
 }  // namespace lora_ops

@@ -22,9 +22,14 @@ constexpr Routes kAvx512Bf16 = {&kBf16RegisterDots,   &kBf16RaggedDots, &kBf16Wi
 #else
 constexpr Routes kAvx2 = {}, kAvx512 = {}, kAvx512Bf16 = {};  // never in use
 #endif
+#if defined(LORA_OPS_ARM64)
+constexpr Routes kNeon = {&kNeonDots, &kNeonPanels};
+#else
+constexpr Routes kNeon = {};
+#endif
 
 const GemmRoute& route_of(const Gemm& g) {
-    const Routes& routes = for_current_isa<kPortable, kAvx2, kAvx512, kAvx512Bf16>();
+    const Routes& routes = for_current_isa<kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon>();
     return **std::find_if(routes.begin(), routes.end(), [&](const GemmRoute* route) { return route->serves(g); });
 }
 
@@ -41,7 +46,7 @@ int run_gemm(const Gemm& g, int n_threads) {
     if (g.low_rank && !route.fuses) return LORA_OPS_BAD_ARGUMENT;
     const GemmPlan plan = route.plan(g, n_threads);
     const int64_t useful = g.n * g.k / kElementsPerThread + 1;
-    const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
+    [[maybe_unused]] const int threads = static_cast<int>(std::min({int64_t{n_threads}, plan.tasks, useful}));
     char* const shared = thread_memory(Use::kProduct, plan.shared_bytes);
     if (plan.shared_bytes && !shared) return LORA_OPS_NO_MEMORY;
     if (route.prepare) route.prepare(g, shared);

@@ -26,6 +26,8 @@ bool machine_has(int isa) {
     if (isa == LORA_OPS_ISA_AVX512_BF16) {
         return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     }
+#elif defined(LORA_OPS_ARM64)
+    if (isa == LORA_OPS_ISA_NEON) return true;
 #endif
     return false;
 }
@@ -34,6 +36,7 @@ int best_isa() {
     static const int best = machine_has(LORA_OPS_ISA_AVX512_BF16) ? LORA_OPS_ISA_AVX512_BF16
                             : machine_has(LORA_OPS_ISA_AVX512)    ? LORA_OPS_ISA_AVX512
                             : machine_has(LORA_OPS_ISA_AVX2)      ? LORA_OPS_ISA_AVX2
+                            : machine_has(LORA_OPS_ISA_NEON)      ? LORA_OPS_ISA_NEON
                                                                   : LORA_OPS_ISA_PORTABLE;
     return best;
 }

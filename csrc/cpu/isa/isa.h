@@ -7,8 +7,8 @@ namespace lora_ops {
 
 int current_isa();
 
-// Of an op's kernels for every instruction set, those for the one in use. Other architectures have portable ones only.
-template <const auto& kPortable, const auto& kAvx2, const auto& kAvx512, const auto& kAvx512Bf16>
+// Of an op's kernels for every instruction set, those for the one in use. Of the others' only the names need be there.
+template <const auto& kPortable, const auto& kAvx2, const auto& kAvx512, const auto& kAvx512Bf16, const auto& kNeon>
 const auto& for_current_isa() {
 #if defined(LORA_OPS_X86)
     switch (current_isa()) {
@@ -16,6 +16,8 @@ const auto& for_current_isa() {
         case LORA_OPS_ISA_AVX512: return kAvx512;
         case LORA_OPS_ISA_AVX512_BF16: return kAvx512Bf16;
     }
+#elif defined(LORA_OPS_ARM64)
+    if (current_isa() == LORA_OPS_ISA_NEON) return kNeon;
 #endif
     return kPortable;
 }

@@ -16,7 +16,9 @@
 namespace lora_ops {
 namespace {
 
-const LoraKernels& kernels() { return for_current_isa<kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora>(); }
+const LoraKernels& kernels() {
+    return for_current_isa<kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora, kNeonLora>();
+}
 
 bool is_valid(const lora_ops_adapter* adapter) {
     return adapter && adapter->lora_a && adapter->lora_b && is_dtype(adapter->lora_a_dtype) &&
@@ -45,7 +47,7 @@ int useful_threads_of_s(const lora_ops_adapter& adapter, int64_t m, int n_thread
 // Whether torch multiplies a dense weight of 16 bits at the speed of the machine: bfloat16 on AVX-512 with AMX tiles and
 // float16 with AVX-512 FP16. Without, it has no kernels for float16 and, below AVX-512, none for bfloat16: dY W takes 100
 // times as long as in float32.
-bool torch_is_fast(int dtype) {
+bool torch_is_fast([[maybe_unused]] int dtype) {
 #if defined(LORA_OPS_X86)
     unsigned eax, ebx, ecx, edx = 0;
     __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);

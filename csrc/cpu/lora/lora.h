@@ -53,6 +53,6 @@ struct LoraKernels {
     int (*backward)(const LoraBackward& call);
 };
 
-extern const LoraKernels kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora;
+extern const LoraKernels kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora, kNeonLora;
 
 }  // namespace lora_ops

@@ -22,6 +22,6 @@ struct NF4Kernels {
                                 int64_t block_size, uint8_t* packed, float* absmax, void* rows);
 };
 
-extern const NF4Kernels kPortableNF4, kAvx2NF4, kAvx512NF4;
+extern const NF4Kernels kPortableNF4, kAvx2NF4, kAvx512NF4, kNeonNF4;
 
 }  // namespace lora_ops

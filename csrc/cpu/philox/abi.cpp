@@ -10,7 +10,8 @@ int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, in
     if (threshold > 65536 || first_row < 0 || rows < 0 || k < 0) return LORA_OPS_BAD_ARGUMENT;
     if (rows == 0 || k == 0) return LORA_OPS_OK;
     if (!bits) return LORA_OPS_BAD_ARGUMENT;
-    const auto mask = for_current_isa<kPortableDropoutMask, kAvx2DropoutMask, kAvx512DropoutMask, kAvx512DropoutMask>();
+    const auto mask = for_current_isa<kPortableDropoutMask, kAvx2DropoutMask, kAvx512DropoutMask, kAvx512DropoutMask,
+                                      kNeonDropoutMask>();
     mask(seed, offset, threshold, first_row, rows, k, bits);
     return LORA_OPS_OK;
 }
