@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ops.functional import lora_linear, nf4_linear, quantize_nf4
+from lora_ops.functional import frozen_linear, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
@@ -37,7 +37,7 @@ def backends_here() -> list[str]:
 
 @dataclass(frozen=True)
 class LinearCase:
-    """What an input of nf4_linear (r = 0) or lora_linear (r > 0) looks like.
+    """What an input of nf4_linear or frozen_linear (r = 0), or of lora_linear (r > 0) looks like.
 
     Attributes:
         m, n, k, r: tokens, out-features, in-features, rank; r = 0 means no adapter.
@@ -306,7 +306,7 @@ def run_ours(inputs: LinearInputs) -> dict[str, Tensor]:
     x, bias, a, b = (_leaf(t) for t in (i.x, i.bias, i.lora_a, i.lora_b))
     assert x is not None
     if a is None or b is None:
-        y = nf4_linear(x, i.nf4, bias)
+        y = frozen_linear(x, i.weight, bias) if isinstance(i.weight, Tensor) else nf4_linear(x, i.weight, bias)
     else:
         seed = i.seed if i.case.dropout_p else None
         y = lora_linear(

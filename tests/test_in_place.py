@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_ops
-from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from lora_ops.functional import dequantize_nf4, frozen_linear, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.nn import LoRALinear, NF4Linear
 from lora_ops.quant.blockwise8 import dequantize_blockwise8, quantize_blockwise8
 from lora_ops.quant.frozen import operands
@@ -19,7 +19,7 @@ from lora_ops.runtime.dispatch import OPS
 
 K, N, R = 32, 48, 4
 SHAPES = [(K,), (3, K), (2, 3, K), (2, 1, 3, K), (0, K), (2, 0, K)]
-LINEARS = ["lora_linear", "lora_linear nf4", "nf4_linear"]
+LINEARS = ["lora_linear", "lora_linear nf4", "nf4_linear", "frozen_linear"]
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -35,6 +35,8 @@ def linear(kind: str) -> tuple[Linear, list[Tensor]]:
     q = quantize_nf4(w, double_quant=True)
     if kind == "nf4_linear":
         return lambda x: nf4_linear(x, q, bias), [bias]
+    if kind == "frozen_linear":
+        return lambda x: frozen_linear(x, w.to(x.dtype), bias), [bias]
     weight = q if kind.endswith("nf4") else w
     return lambda x: lora_linear(x, weight, a, b, scale=2.0, bias=bias, dropout_p=0.25, seed=1), [a, b, bias]
 
@@ -186,6 +188,8 @@ def every_op() -> dict[str, tuple[Tensor, ...]]:
         "dequantize_blockwise8": (ops.dequantize_blockwise8(codes, absmax, 256, True),),
         "nf4_linear": (ops.nf4_linear(x, None, *operands(q)),),
         "nf4_linear_dx": (ops.nf4_linear_dx(y, *operands(q)),),
+        "frozen_linear": (ops.frozen_linear(x, None, *operands(w)),),
+        "frozen_linear_dx": (ops.frozen_linear_dx(y, *operands(w)),),
         "lora_linear": (y, s),
         "lora_linear_backward": ops.lora_linear_backward(y, x, s, a, b, scale, 0.0, None, needs, *operands(q)),
     }

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_ops
 from lora_ops import cli
-from lora_ops.kernels.lora_linear import native_abi
+from lora_ops.quant import native_abi
 from lora_ops.runtime import machine, native
 from tests import models
 

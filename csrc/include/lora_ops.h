@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised with every change that an older caller would not survive; lora_ops/runtime/native.py holds the same number. */
-#define LORA_OPS_ABI_VERSION 4
+#define LORA_OPS_ABI_VERSION 5
 
 typedef enum {
     LORA_OPS_OK = 0,
@@ -156,16 +156,19 @@ LORA_OPS_API int lora_ops_nf4_dequantize(const lora_ops_nf4_weight* w, int64_t b
 LORA_OPS_API int lora_ops_nf4_dequantize_transposed(const lora_ops_nf4_weight* w, int64_t n, int64_t k, void* out,
                                                     int dtype, int n_threads);
 
+/* Whether the functions that take a weight multiply a dense one of this dtype faster than torch does here: 1 or 0. */
+LORA_OPS_API int lora_ops_takes_dense(int dtype);
+
 /* y [m, n] = x [m, k] Wᵀ + bias, with W [n, k] rounded to dtype, sums in fp32 and one rounding at the end. x, y and
  * bias [n] (or NULL) are of dtype; rows of x are stride_x elements apart, rows of y stride_y. Scratch: less than 2 MiB
  * a thread and, for up to 64 rows, once what x takes (in fp32 but for bfloat16), kept until the thread ends. */
-LORA_OPS_API int lora_ops_nf4_linear(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* x, int64_t m,
-                                     int64_t stride_x, const void* bias, void* y, int64_t stride_y, int dtype,
-                                     int n_threads);
+LORA_OPS_API int lora_ops_linear(const lora_ops_weight* weight, int64_t n, int64_t k, const void* x, int64_t m,
+                                 int64_t stride_x, const void* bias, void* y, int64_t stride_y, int dtype,
+                                 int n_threads);
 
 /* dx [m, k] = dy [m, n] W, likewise. */
-LORA_OPS_API int lora_ops_nf4_linear_dx(const lora_ops_nf4_weight* w, int64_t n, int64_t k, const void* dy, int64_t m,
-                                        int64_t stride_dy, void* dx, int64_t stride_dx, int dtype, int n_threads);
+LORA_OPS_API int lora_ops_linear_dx(const lora_ops_weight* weight, int64_t n, int64_t k, const void* dy, int64_t m,
+                                    int64_t stride_dy, void* dx, int64_t stride_dx, int dtype, int n_threads);
 
 /* x [n] -> codes [n], absmax [ceil(n / block_size)]: the nearest of map's 256 ascending values, ties to the lower. */
 LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t block_size, const float* map,
@@ -174,9 +177,6 @@ LORA_OPS_API int lora_ops_blockwise8_quantize(const float* x, int64_t n, int64_t
 /* codes [n] -> out [n]: map[code] * absmax in fp32. */
 LORA_OPS_API int lora_ops_blockwise8_dequantize(const uint8_t* codes, const float* absmax, int64_t n,
                                                 int64_t block_size, const float* map, float* out, int n_threads);
-
-/* Whether the two functions that follow multiply such a dense weight faster than torch does here: 1 or 0. */
-LORA_OPS_API int lora_ops_takes_dense(int dtype, int transposed);
 
 /* s [m, r] = drop(x) Aᵀ in fp32, and y [m, n] = x Wᵀ + bias + scale s Bᵀ; without a weight y holds x Wᵀ + bias already. x,
  * y and bias (or NULL) are of dtype, rows of x and y stride_x and stride_y elements apart. A, B and scale s may be rounded

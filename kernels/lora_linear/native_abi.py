@@ -8,7 +8,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32,
 import torch
 from torch import Tensor
 
-from lora_ops.quant.nf4.native_abi import WeightView
+from lora_ops.quant.native_abi import WeightView
 from lora_ops.runtime import native
 
 
@@ -30,7 +30,6 @@ class AdapterView(Structure):
     )
 
 
-_TAKES_DENSE = native.Function("takes_dense", c_int, c_int)
 _LORA_FORWARD = native.Function(
     "lora_forward",
     *(POINTER(AdapterView), POINTER(WeightView), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
@@ -63,20 +62,6 @@ def adapter_view(
     if not threshold:
         return _same_adapter(*pointers, n, k, r, scale)
     return AdapterView(*pointers, n, k, r, scale, threshold, seed & (2**64 - 1), offset)
-
-
-def takes_dense(weight: Tensor) -> bool:
-    """Whether `forward` and `backward` can multiply a dense weight [N, K], and faster than torch does here."""
-    by_rows = weight.stride(1) == 1
-    return (by_rows or weight.stride(0) == 1) and bool(
-        _TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype], not by_rows)
-    )
-
-
-def dense_view(weight: Tensor) -> WeightView:
-    """The C view of a dense weight [N, K] with unit stride along K, or along N as a Conv1D's has."""
-    by_rows = weight.stride(1) == 1
-    return WeightView(weight.data_ptr(), weight.stride(0 if by_rows else 1), not by_rows)
 
 
 def forward(

@@ -19,18 +19,10 @@ from lora_ops.kernels.lora_linear import native_abi
 from lora_ops.kernels.lora_linear.operands import Adapter, Grads, Needs
 from lora_ops.kernels.philox import threshold
 from lora_ops.quant.frozen import FrozenTensor, declines_format
+from lora_ops.quant.native_abi import as_rows, weight_view
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4 import native_abi as nf4_abi
-from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] as [M, K] with unit stride along K, a view where x's strides allow it."""
-    if x.dim() != 2:  # a reshape that changes nothing takes 1 µs, of 200 for a layer in generation
-        x = as_matrix(x)
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.AdapterView:
@@ -42,20 +34,13 @@ def _view(adapter: Adapter, lora_a: Tensor, lora_b: Tensor) -> native_abi.Adapte
     )
 
 
-def _weight(weight: Tensor | NF4Tensor) -> nf4_abi.WeightView | None:
-    """The weight as the C library multiplies it, or None where torch does."""
-    if isinstance(weight, NF4Tensor):
-        return nf4_abi.weight_of(weight).operand
-    return native_abi.dense_view(weight) if native_abi.takes_dense(weight) else None
-
-
 def lora_linear(
     *, x: Tensor, weight: Tensor | NF4Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] in x's dtype and S [..., R] in float32."""
-    x2, lora_a, lora_b = _rows(x), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
+    x2, lora_a, lora_b = as_rows(x), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
     bias = None if bias is None else bias.contiguous()
-    w, (n, r) = _weight(weight), lora_b.shape
+    w, (n, r) = weight_view(weight), lora_b.shape
     # [M, K] @ [K, N] -> [M, N]
     y = linear(x2, weight, bias) if w is None and isinstance(weight, Tensor) else x2.new_empty(x2.shape[0], n)
     s = torch.empty(*x.shape[:-1], r, dtype=torch.float32)
@@ -73,9 +58,9 @@ def lora_linear_backward(
     needs: Needs,
 ) -> Grads:
     """dX, dA, dB and db, None where `needs` says so."""
-    dy2, lora_a, lora_b = _rows(dy), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
+    dy2, lora_a, lora_b = as_rows(dy), adapter.lora_a.contiguous(), adapter.lora_b.contiguous()
     n, k = weight.shape
-    w = _weight(weight) if needs.x else None
+    w = weight_view(weight) if needs.x else None
     dx = None
     if needs.x:
         # [M, N] @ [N, K] -> [M, K]
@@ -89,7 +74,7 @@ def lora_linear_backward(
     native_abi.backward(
         _view(adapter, lora_a, lora_b),
         dy2,
-        _rows(x) if needs.lora_a and x is not None else None,
+        as_rows(x) if needs.lora_a and x is not None else None,
         s.contiguous() if needs.lora_b and s is not None else None,
         w,
         dx=grads.x,

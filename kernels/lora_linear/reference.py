@@ -26,7 +26,7 @@ from lora_ops.quant.nf4.linear.reference import accumulate_dtype, as_matrix, row
 from lora_ops.runtime.dispatch import as_output
 
 
-def _dense(weight: Tensor | FrozenTensor, dtype: torch.dtype) -> Tensor:
+def widened(weight: Tensor | FrozenTensor, dtype: torch.dtype) -> Tensor:
     """W [N, K] as the activations' dtype holds it, widened to the accumulator's dtype."""
     w = weight.decode(dtype) if isinstance(weight, FrozenTensor) else weight
     return w.to(accumulate_dtype(dtype))
@@ -46,7 +46,7 @@ def lora_linear(
     """y [..., N] in x's dtype and S [..., R] in the accumulator's dtype."""
     acc = accumulate_dtype(x.dtype)
     (n, k), r = weight.shape, adapter.lora_a.shape[0]
-    w, scale = _dense(weight, x.dtype), adapter.scale.to(x.device, acc)
+    w, scale = widened(weight, x.dtype), adapter.scale.to(x.device, acc)
     lora_a, lora_b = adapter.lora_a.to(acc), adapter.lora_b.to(acc)
     x2 = as_matrix(x)
     y, s = x.new_empty(x2.shape[0], n), x.new_empty(x2.shape[0], r, dtype=acc)
@@ -73,7 +73,7 @@ def lora_linear_backward(
     (r, k), n = lora_a.shape, lora_b.shape[0]
     dy2 = as_matrix(dy)
     m = dy2.shape[0]
-    w = _dense(weight, dy.dtype) if needs.x else None
+    w = widened(weight, dy.dtype) if needs.x else None
     dx = dy.new_empty(m, k) if needs.x else None
     dlora_a = torch.zeros(r, k, dtype=acc, device=dy.device) if needs.lora_a else None
     dlora_b = torch.zeros(n, r, dtype=acc, device=dy.device) if needs.lora_b else None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_ops.runtime.checks import dtype_name
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops.so"
 BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
 

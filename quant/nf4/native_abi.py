@@ -1,9 +1,11 @@
-"""NF4 weights as the native library takes them: csrc/include/lora_ops.h."""
+"""The NF4 codec of the native library, and how it takes a weight: csrc/include/lora_ops.h."""
 
 from __future__ import annotations
 
 import functools
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +27,7 @@ class NF4Weight(Structure):
         ("nested_offset", c_float),
         ("block_size", c_int64),
     )
-
-    @functools.cached_property
-    def operand(self) -> WeightView:
-        """It as kernels take it that have dense weights too."""
-        return WeightView(nf4=self)
-
-
-class WeightView(Structure):
-    """`lora_ops_weight`: a pointer into a tensor, which the caller keeps alive, or an NF4 weight."""
-
-    _fields_ = (("dense", c_void_p), ("stride", c_int64), ("transposed", c_int), ("nf4", NF4Weight))
+    view: Any = None  # what lora_ops.quant.native_abi makes of it
 
 
 _QUANTIZE = native.Function("nf4_quantize", c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int, argument="w")
@@ -47,11 +39,6 @@ _DEQUANTIZE = native.Function(
 )
 _DEQUANTIZE_TRANSPOSED = native.Function(
     "nf4_dequantize_transposed", POINTER(NF4Weight), c_int64, c_int64, c_void_p, c_int, c_int, argument="q"
-)
-_NKXM_STRIDE = c_int64, c_int64, c_void_p, c_int64, c_int64  # n, k, x, m, stride_x
-_LINEAR = native.Function("nf4_linear", POINTER(NF4Weight), *_NKXM_STRIDE, c_void_p, c_void_p, c_int64, c_int, c_int)
-_LINEAR_DX = native.Function(
-    "nf4_linear_dx", POINTER(NF4Weight), *_NKXM_STRIDE, c_void_p, c_int64, c_int, c_int, argument="dy"
 )
 # A layer's structure is the same in every call, and to make it takes a tenth of a small layer's time.
 _view = functools.lru_cache(maxsize=1024)(NF4Weight)
@@ -110,37 +97,4 @@ def dequantize_transposed(weight: NF4Weight, out: Tensor) -> None:
     k, n = out.shape
     _DEQUANTIZE_TRANSPOSED(
         byref(weight), n, k, out.data_ptr(), native.DTYPE_NUMBERS[out.dtype], torch.get_num_threads()
-    )
-
-
-def linear(weight: NF4Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y [M, N] = x [M, K] Wᵀ + bias [N]; x and y have unit stride along their last dimension."""
-    _LINEAR(
-        byref(weight),
-        y.shape[1],
-        x.shape[1],
-        x.data_ptr(),
-        x.shape[0],
-        x.stride(0),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        y.stride(0),
-        native.DTYPE_NUMBERS[x.dtype],
-        torch.get_num_threads(),
-    )
-
-
-def linear_dx(weight: NF4Weight, dy: Tensor, dx: Tensor) -> None:
-    """dx [M, K] = dy [M, N] W; dy and dx have unit stride along their last dimension."""
-    _LINEAR_DX(
-        byref(weight),
-        dy.shape[1],
-        dx.shape[1],
-        dy.data_ptr(),
-        dy.shape[0],
-        dy.stride(0),
-        dx.data_ptr(),
-        dx.stride(0),
-        native.DTYPE_NUMBERS[dy.dtype],
-        torch.get_num_threads(),
     )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lora_ops.functional import dequantize_nf4, quantize_nf4
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
+from lora_ops.quant import native_abi
+from lora_ops.quant.native_abi import WeightView, nf4_view
 from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.codec.reference import absmax_of
 from lora_ops.quant.nf4.native_abi import weight_of
@@ -54,9 +56,9 @@ def product(
 ) -> Tensor:
     out, buffer = guarded(x.shape[0], q.shape[1] if dx else q.shape[0], gap, offset, x.dtype)
     if dx:
-        nf4_abi.linear_dx(weight_of(q), x, out)
+        native_abi.linear_dx(nf4_view(q), x, out)
     else:
-        nf4_abi.linear(weight_of(q), x, bias, out)
+        native_abi.linear(nf4_view(q), x, bias, out)
     written = torch.zeros_like(buffer, dtype=torch.bool)
     written.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(True)
     assert (buffer[~written] == GUARD).all()
@@ -197,17 +199,17 @@ def test_products_equal_dense_ones_of_integers(isa: str, block_size: int) -> Non
 
 def test_bad_arguments_are_refused() -> None:
     q = quantize_nf4(torch.randn(4, 64))
-    lib, w = native.library(), weight_of(q)
+    lib, w = native.library(), WeightView(nf4=weight_of(q))
     x, y = torch.zeros(3, 64), torch.zeros(3, 4)
     bad = 1
 
     def call(n: int = 4, k: int = 64, m: int = 3, stride_y: int = 4, dtype: int = 0, n_threads: int = 1) -> int:
-        return lib.lora_ops_nf4_linear(w, n, k, x.data_ptr(), m, 64, None, y.data_ptr(), stride_y, dtype, n_threads)
+        return lib.lora_ops_linear(w, n, k, x.data_ptr(), m, 64, None, y.data_ptr(), stride_y, dtype, n_threads)
 
     assert call() == 0
     assert call(n=-1) == call(m=-1) == call(k=-1) == bad
     assert call(stride_y=3) == call(dtype=7) == call(n_threads=0) == bad
-    w.block_size = 33
+    w.nf4.block_size = 33
     assert call() == bad
 
 
@@ -225,7 +227,7 @@ def test_blocks_may_straddle_tasks(m: int) -> None:
 
     columns = torch.linspace(0, k - 1, m).long()
     x, y = 3 * torch.eye(k, dtype=torch.bfloat16)[columns], torch.empty(m, n, dtype=torch.bfloat16)
-    nf4_abi.linear(weight, x, None, y)
+    native_abi.linear(WeightView(nf4=weight), x, None, y)
     assert torch.equal(y, 3 * dense.bfloat16()[:, columns].T)
 
 

@@ -40,6 +40,20 @@ struct Gemm {
     bool columns_are_rows() const { return dx == transposed; }
 };
 
+// y = x Wᵀ + bias.
+inline Gemm product_y(const lora_ops_weight& w, int64_t n, int64_t k, const void* x, int64_t m, int64_t stride_x,
+                      const void* bias, void* y, int64_t stride_y, int dtype) {
+    return {w.nf4, n, k, x, m, stride_x, bias, y, stride_y, static_cast<lora_ops_dtype>(dtype), false, n, k,
+            w.dense, w.stride, w.dense && w.transposed};
+}
+
+// dX = dY W.
+inline Gemm product_dx(const lora_ops_weight& w, int64_t n, int64_t k, const void* dy, int64_t m, int64_t stride_dy,
+                       void* dx, int64_t stride_dx, int dtype) {
+    return {w.nf4, n, k, dy, m, stride_dy, nullptr, dx, stride_dx, static_cast<lora_ops_dtype>(dtype), true, k, n,
+            w.dense, w.stride, w.dense && w.transposed};
+}
+
 // Tasks write disjoint parts of y and may run in any order, on any thread. Which terms are added to which, and in which
 // order, depends on the shape alone: results do not change with the number of threads.
 struct GemmPlan {

@@ -9,10 +9,6 @@
 #include "isa/isa.h"
 #include "lora/lora.h"
 
-#if defined(LORA_OPS_X86)
-#include <cpuid.h>
-#endif
-
 namespace lora_ops {
 namespace {
 
@@ -44,36 +40,6 @@ int useful_threads_of_s(const lora_ops_adapter& adapter, int64_t m, int n_thread
     return useful_threads(work, kWorkPerThreadOfS, n_threads);
 }
 
-// Whether torch multiplies a dense weight of 16 bits at the speed of the machine: bfloat16 on AVX-512 with AMX tiles and
-// float16 with AVX-512 FP16. Without, it has no kernels for float16 and, below AVX-512, none for bfloat16: dY W takes 100
-// times as long as in float32.
-bool torch_is_fast([[maybe_unused]] int dtype) {
-#if defined(LORA_OPS_X86)
-    unsigned eax, ebx, ecx, edx = 0;
-    __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-    constexpr unsigned kAmxBf16 = 1u << 22, kAvx512Fp16 = 1u << 23;
-    return edx & (dtype == LORA_OPS_BF16 ? kAmxBf16 : kAvx512Fp16);
-#else
-    return true;  // not known
-#endif
-}
-
-// y = x Wᵀ + bias.
-Gemm product_y(const LoraForward& f, const lora_ops_weight& weight, const void* bias) {
-    const lora_ops_adapter& adapter = f.adapter;
-    const auto dtype = static_cast<lora_ops_dtype>(f.dtype);
-    return {weight.nf4, adapter.n, adapter.k, f.x, f.m, f.stride_x, bias, f.y, f.stride_y, dtype, false, adapter.n,
-            adapter.k, weight.dense, weight.stride, weight.dense && weight.transposed};
-}
-
-// dX = dY W.
-Gemm product_dx(const LoraBackward& b, const lora_ops_weight& weight) {
-    const lora_ops_adapter& adapter = b.adapter;
-    const auto dtype = static_cast<lora_ops_dtype>(b.dtype);
-    return {weight.nf4, adapter.n, adapter.k, b.dy, b.m, b.stride_dy, nullptr, b.dx, b.stride_dx, dtype, true, adapter.k,
-            adapter.n, weight.dense, weight.stride, weight.dense && weight.transposed};
-}
-
 // Of scale S, or of dS, in 16 bits.
 int64_t bytes_of_s(const lora_ops_adapter& adapter, int64_t m) {
     return (m * padded_rank(adapter.r) * 2 + 63) / 64 * 64;
@@ -84,13 +50,6 @@ int64_t bytes_of_s(const lora_ops_adapter& adapter, int64_t m) {
 
 using namespace lora_ops;
 
-int lora_ops_takes_dense(int dtype, int transposed) {
-    if (dtype == LORA_OPS_F32 || current_isa() == LORA_OPS_ISA_PORTABLE) return false;
-    // Here oneDNN is as fast for many rows, and for few faster than panels are.
-    if (transposed && dtype == LORA_OPS_BF16 && current_isa() == LORA_OPS_ISA_AVX512_BF16) return false;
-    return !torch_is_fast(dtype);
-}
-
 int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight* weight, const void* bias,
                           const void* x, int64_t m, int64_t stride_x, float* s, void* y, int64_t stride_y, int dtype,
                           int n_threads) {
@@ -100,7 +59,7 @@ int lora_ops_lora_forward(const lora_ops_adapter* adapter, const lora_ops_weight
     const int threads = useful_threads(*adapter, m, n_threads);
     LoraForward f = {*adapter, m, dtype, x, stride_x, s, y, stride_y, threads, nullptr};
     if (!weight) return kernels().forward(f);
-    Gemm g = product_y(f, *weight, bias);
+    Gemm g = product_y(*weight, adapter->n, adapter->k, x, m, stride_x, bias, y, stride_y, dtype);
     if (!gemm_fuses(g)) {
         const int status = run_gemm(g, n_threads);
         return status == LORA_OPS_OK ? kernels().forward(f) : status;
@@ -134,7 +93,7 @@ int lora_ops_lora_backward(const lora_ops_adapter* adapter, const lora_ops_weigh
     LoraBackward b = {*adapter, m,         dtype,   dy,      stride_dy, x,       stride_x, s,
                       dx,       stride_dx, dlora_a, dlora_b, dbias,     threads, nullptr,  nullptr, 0};
     if (!weight || !dx) return kernels().backward(b);
-    Gemm g = product_dx(b, *weight);
+    Gemm g = product_dx(*weight, adapter->n, adapter->k, dy, m, stride_dy, dx, stride_dx, dtype);
     if (!gemm_fuses(g)) {
         const int status = run_gemm(g, n_threads);
         return status == LORA_OPS_OK ? kernels().backward(b) : status;

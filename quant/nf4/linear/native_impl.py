@@ -8,37 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ops.quant import native_abi
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4 import native_abi as nf4_abi
-from lora_ops.quant.nf4.linear.reference import as_matrix
 from lora_ops.runtime import native
 from lora_ops.runtime.dispatch import as_output
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] as [M, K] with unit stride along K and rows that do not overlap."""
-    if x.dim() != 2:
-        x = as_matrix(x)
-    return x if x.stride(1) == 1 and (x.shape[0] < 2 or x.stride(0) >= x.shape[1]) else x.contiguous()
-
-
 def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
-    x2 = _rows(x)
+    x2 = native_abi.as_rows(x)
     if x.dim() == 2:
         y = y2 = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
     else:  # of its own shape from the start, and so no view: see as_output
         y = torch.empty(*x.shape[:-1], q.shape[0], dtype=x.dtype)
         y2 = y.view(x2.shape[0], q.shape[0])
-    nf4_abi.linear(nf4_abi.weight_of(q), x2, None if bias is None else bias.contiguous(), y2)
+    native_abi.linear(native_abi.nf4_view(q), x2, None if bias is None else bias.contiguous(), y2)
     return y
 
 
 def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
-    dy2 = _rows(dy)
+    dy2 = native_abi.as_rows(dy)
     dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
-    nf4_abi.linear_dx(nf4_abi.weight_of(q), dy2, dx)
+    native_abi.linear_dx(native_abi.nf4_view(q), dy2, dx)
     return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], q.shape[1]))
 
 

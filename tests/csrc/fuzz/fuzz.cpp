@@ -73,7 +73,7 @@ void nf4_transposed(Random& random) {
     FUZZ_CHECK(out == out2);
 }
 
-void nf4_linear(Random& random) {
+void linear(Random& random) {
     const int dtype = any_dtype(random), w_dtype = any_dtype(random);
     const int64_t m = random.coin() ? random.integer(0, 9) : random.integer(0, 150);
     const int64_t n = random.length(400), k = random.length(400), block = any_block_size(random);
@@ -81,15 +81,18 @@ void nf4_linear(Random& random) {
     Bytes packed(random, (n * k + 1) / 2);
     FUZZ_CHECK(lora_ops_nf4_quantize(w.data(), w_dtype, n * k, block, packed.data(), absmax.floats(), 1) ==
                LORA_OPS_OK);
-    const lora_ops_nf4_weight weight = {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block};
+    const bool transposed = random.coin();
+    Matrix dense(random, dtype, transposed ? k : n, transposed ? n : k);
+    const lora_ops_weight weight = {random.coin() ? dense.data() : nullptr, dense.stride, transposed,
+                                    {packed.data(), absmax.floats(), nullptr, nullptr, nullptr, 0.0f, block}};
     Matrix x(random, dtype, m, k), y(random, dtype, m, n), bias(random, dtype, 1, n);
     Matrix dx = x, y2 = y, dx2 = x, dy = y;
     void* const b = random.coin() ? bias.data() : nullptr;
     const auto run = [&](int threads, Matrix& y_, Matrix& dx_) {
-        FUZZ_CHECK(lora_ops_nf4_linear(&weight, n, k, x.data(), m, x.stride, b, y_.data(), y_.stride, dtype, threads) ==
+        FUZZ_CHECK(lora_ops_linear(&weight, n, k, x.data(), m, x.stride, b, y_.data(), y_.stride, dtype, threads) ==
                    LORA_OPS_OK);
-        FUZZ_CHECK(lora_ops_nf4_linear_dx(&weight, n, k, dy.data(), m, dy.stride, dx_.data(), dx_.stride, dtype,
-                                          threads) == LORA_OPS_OK);
+        FUZZ_CHECK(lora_ops_linear_dx(&weight, n, k, dy.data(), m, dy.stride, dx_.data(), dx_.stride, dtype,
+                                      threads) == LORA_OPS_OK);
     };
     run(1, y, dx);
     run(static_cast<int>(random.integer(2, 3)), y2, dx2);
@@ -216,7 +219,7 @@ struct Case {
 
 Case cases[] = {{"nf4 codec", nf4_codec, 0},
                 {"nf4 transposed", nf4_transposed, 0},
-                {"nf4 linear", nf4_linear, 0},
+                {"linear", linear, 0},
                 {"blockwise8", blockwise8, 0},
                 {"dropout mask", dropout_mask, 0},
                 {"lora", lora, 0},
