@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_ops.quant.nf4 import NF4Tensor
-from lora_ops.quant.nf4.native_abi import NF4Weight, weight_of
 from lora_ops.quant.nf4.linear.reference import as_matrix
+from lora_ops.quant.nf4.native_abi import NF4Weight, weight_of
 from lora_ops.runtime import native
 
 

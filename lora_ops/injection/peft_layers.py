@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_ops import functional
 from lora_ops.injection import methods
 from lora_ops.injection.linears import why_not_linear
-from lora_ops.quant import native_abi
 from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
+from lora_ops.quant import native_abi
 from lora_ops.quant.nf4 import NF4Tensor
 from lora_ops.runtime import native
 from lora_ops.runtime.checks import autocasting, dtype_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
-
 from typing import Any
 
 import torch

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_ops.functional import dequantize_nf4, quantize_nf4
-from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
 from lora_ops.quant import native_abi
 from lora_ops.quant.native_abi import WeightView, nf4_view
+from lora_ops.quant.nf4 import BLOCK_SIZES, NF4Tensor
 from lora_ops.quant.nf4 import native_abi as nf4_abi
 from lora_ops.quant.nf4.codec.reference import absmax_of
 from lora_ops.quant.nf4.native_abi import weight_of
