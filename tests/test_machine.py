@@ -75,6 +75,17 @@ def test_inject_tells_once(
     assert message.count("_proj") == 3, "a few names, not all"
 
 
+class Scaled(nn.Linear):
+    """A linear layer that lora_ops does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def with_a_class_of_its_own() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), Scaled(64, 64)).bfloat16()
+
+
 def test_weights_that_lora_ops_multiplies_are_not_slow(
     onednn: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,10 +95,12 @@ def test_weights_that_lora_ops_multiplies_are_not_slow(
     with caplog.at_level(logging.WARNING, "lora_ops"):
         lora_ops.inject(models.llama(dtype=torch.bfloat16), r=2)
         lora_ops.inject(models.llama(dtype=torch.float16), r=2, target_modules=["q_proj", "v_proj"])
+        assert not [r for r in caplog.records if "120 times" in r.getMessage()]
+        lora_ops.inject(with_a_class_of_its_own(), r=2, target_modules=["0"])
     messages = [r.getMessage() for r in caplog.records if "120 times" in r.getMessage()]
-    assert "1 frozen weights are dense bfloat16" in messages[0]
-    assert "lm_head.weight" in messages[0]
-    assert "11 frozen weights are dense float16" in messages[1]  # but for q_proj and v_proj of both layers
+    (message,) = messages
+    assert "1 frozen weights are dense bfloat16" in message
+    assert "1.weight" in message
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -100,8 +113,11 @@ def test_nothing_is_told_where_nothing_is_slow(
     assert not caplog.records
 
 
-def test_nf4_weights_are_not_slow(onednn: Callable[[bool], None], caplog: pytest.LogCaptureFixture) -> None:
+def test_nf4_weights_are_not_slow(
+    onednn: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     onednn(False)
+    monkeypatch.setattr(native_abi, "takes_dense", lambda weight: False)
     with caplog.at_level(logging.WARNING, "lora_ops"):
         lora_ops.inject(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16(), r=2, quantize="nf4")
         assert not [r for r in caplog.records if "120 times" in r.getMessage()]

@@ -46,7 +46,9 @@ def inject(
     place. In a PeftModel the LoRA layers that it has are swapped in place: names, Parameters, hooks and optimizer
     references stay what they are, and a second call changes nothing. bitsandbytes 4-bit (nf4) base layers become
     NF4Linear over the same bytes. What is not plain LoRA over a linear layer keeps PEFT's math; `injection_report` says
-    which layers and why. The adapter is saved, loaded, merged and switched as with PEFT alone.
+    which layers and why. The adapter is saved, loaded, merged and switched as with PEFT alone. On a CPU
+    that torch is slow on in the model's 16-bit dtype, its other frozen linear layers run on `frozen_linear`, and
+    attention in float32.
 
     Args:
         model: a transformers model, any nn.Module, or a PeftModel with LoRA adapters.
@@ -118,13 +120,16 @@ def _run_on_ops(model: PeftModel, quantize: str | None, kept: Mapping[str, str])
     """Put the base into NF4 if asked, and the adapters' layers on our ops, in place."""
     import peft
 
-    from lora_ops.injection import convert, describe, peft_layers, reads
+    from lora_ops.injection import attention, convert, describe, frozen_layers, peft_layers, reads
     from lora_ops.injection.state_dict import know_nf4_parameters
 
     reads.tell_adapted(model)
+    frozen_layers.abandon(model)  # of an earlier call: what is dense now may become NF4
     convert.convert_bases(model, quantize, kept)
     for module in model.modules():
         peft_layers.adopt(module)
+    frozen_layers.adopt(model)
+    attention.adopt(model)
     if type(model.base_model) is peft.tuners.lora.LoraModel:
         model.base_model.__class__ = peft_layers.LoraModel
     describe.describe(model)
@@ -192,7 +197,7 @@ def eject(model: PeftModel) -> PeftModel:
     require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import peft_layers
+    from lora_ops.injection import attention, frozen_layers, peft_layers
 
     if not isinstance(model, peft.PeftModel):
         raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
@@ -201,6 +206,8 @@ def eject(model: PeftModel) -> PeftModel:
             raise ValueError(f"model: {name} has adapters merged into its NF4 weight; unmerge them first")
     for module in model.modules():
         peft_layers.abandon(module)
+    frozen_layers.abandon(model)
+    attention.abandon(model)
     if type(model.base_model) is peft_layers.LoraModel:
         model.base_model.__class__ = peft.tuners.lora.LoraModel
     return model

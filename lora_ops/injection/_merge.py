@@ -44,7 +44,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     require("peft", "transformers")
     import peft
 
-    from lora_ops.injection import describe, methods
+    from lora_ops.injection import attention, describe, frozen_layers, methods
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -55,6 +55,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         raise ValueError(f"model: {model.active_peft_config.peft_type.value} adapters are no weights to merge")
     adapted = list(_adapted_layers(model))
     _check(model, adapted)
+    frozen_layers.abandon(model)
+    attention.abandon(model)
     goal = _goal(model, dtype)
     for name, layer in adapted:
         _merge_layer(name, layer, goal)

@@ -11,7 +11,12 @@ from torch import nn
 from lora_ops.nn import NF4Linear, is_conv1d
 
 _COMMON = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KNOWN = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
+_KNOWN = (
+    "torch.nn.modules.linear.Linear",
+    "transformers.pytorch_utils.Conv1D",
+    "lora_ops.injection.frozen_layers.FrozenLinear",
+    "lora_ops.injection.frozen_layers.FrozenConv1D",
+)
 
 
 def why_not_linear(module: Any) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
-from lora_ops.injection import methods
+from lora_ops.injection import frozen_layers, methods
+from lora_ops.injection.frozen_layers import FrozenConv1D, FrozenLinear
 from lora_ops.injection.linears import why_not_linear
 from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
 from lora_ops.quant import native_abi
@@ -71,11 +72,12 @@ def why_not_fused(layer: LoraLayer) -> str | None:
 
 
 def own_products(model: nn.Module) -> set[nn.Module]:
-    """The dense base layers on the CPU whose products are, in their present state, lora_ops' own and not torch's."""
+    """The dense layers on the CPU whose products are, in their present state, lora_ops' own and not torch's."""
     if not native.available():
         return set()
     fused = (p for m in model.modules() if isinstance(m, LoraLayer) and isinstance(p := fused_parts(m), Parts))
-    return {p.base for p in fused if p.weight.dtype in native.FLOAT_DTYPES and native_abi.takes_dense(p.weight)}
+    own = {p.base for p in fused if p.weight.dtype in native.FLOAT_DTYPES and native_abi.takes_dense(p.weight)}
+    return own | {m for m in model.modules() if isinstance(m, (FrozenLinear, FrozenConv1D))}
 
 
 def fused_parts(layer: LoraLayer) -> Parts | str:
@@ -129,7 +131,7 @@ def fused_parts(layer: LoraLayer) -> Parts | str:
 _DISABLED = "adapters are disabled: only the base layer runs"
 _MERGED = "adapters are merged: only the base layer runs"
 _NO_ADAPTER = "no active adapter"
-_BASES = (nn.Linear, Conv1D, NF4Linear)
+_BASES = (nn.Linear, Conv1D, NF4Linear, FrozenLinear, FrozenConv1D)
 _alike: set[type] = set()  # subclasses of nn.Linear that were seen to compute what it does
 _ADAPTERS = (nn.Linear,)
 _DROPOUTS = (nn.Identity, nn.Dropout)
@@ -221,7 +223,7 @@ def _fused(parts: Parts, x: Tensor) -> Tensor:
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
     else:
-        weight = parts.weight.T if type(base) is Conv1D else parts.weight
+        weight = parts.weight.T if isinstance(base, Conv1D) else parts.weight
     dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     y = functional.lora_linear(x, weight, parts.lora_a, parts.lora_b, scale=parts.scale, bias=bias, dropout_p=dropout_p)
     return y if getattr(base, "compute_dtype", None) is None else y.to(dtype)
@@ -372,6 +374,12 @@ class LoraModel(lora.LoraModel):
                         f"merge: {other} and {name} share one NF4 weight, which cannot hold the update of each; "
                         "lora_ops.merge(model) gives each a dense one"
                     )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """What is left of the model is as it was before there were adapters."""
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        frozen_layers.abandon(model)
+        return model
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_ops.formats import bitsandbytes as layout
 from lora_ops.injection.dense import ModelBytes, model_bytes
 from lora_ops.injection.gathered import as_gathered, under_fsdp2
-from lora_ops.injection.reads import weight_reads
+from lora_ops.injection.reads import shorten, weight_reads
 from lora_ops.kernels.lora_linear.operands import Adapter
 from lora_ops.nn import LoRALinear, NF4Linear, weight_of
 from lora_ops.runtime.backends import BackendError
@@ -52,11 +52,15 @@ class InjectionReport(list[LayerReport]):
 
     Attributes:
         weights: what the whole model takes, and what of it is dense and why.
+        frozen: names of the layers without a row that run on `frozen_linear`, since torch is slow with them on this CPU.
     """
 
-    def __init__(self, rows: Iterable[LayerReport] = (), weights: ModelBytes | None = None) -> None:
+    def __init__(
+        self, rows: Iterable[LayerReport] = (), weights: ModelBytes | None = None, frozen: Iterable[str] = ()
+    ) -> None:
         super().__init__(rows)
         self.weights = weights or ModelBytes(0, 0, 0, ())
+        self.frozen = tuple(frozen)
 
     @property
     def unfused(self) -> list[LayerReport]:
@@ -73,6 +77,8 @@ class InjectionReport(list[LayerReport]):
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
         states = Counter(row.state for row in self)
         counts = [f"{states.pop('fused', 0)} of {len(self)} layers fused", *(f"{n} {s}" for s, n in states.items())]
+        if self.frozen:
+            counts.append(f"{len(self.frozen)} other layers on frozen_linear ({shorten(self.frozen)})")
         return "\n".join([*lines, ", ".join(counts), weights])
 
 
@@ -92,6 +98,7 @@ def injection_report(model: nn.Module) -> InjectionReport:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     sharded = under_fsdp2(model)
     rows: dict[nn.Module, LayerReport] = {}
+    frozen: list[str] = []
     inside = ""  # the layer whose parts are part of its row, but for adapters on them
     for name, module in model.named_modules():
         if inside and name.startswith(inside) and not hasattr(module, "get_base_layer"):
@@ -101,9 +108,11 @@ def injection_report(model: nn.Module) -> InjectionReport:
         if row is not None:
             rows[module] = row
             inside = name + "."
+        elif getattr(module, "runs_frozen_linear", False):
+            frozen.append(name)
     _find_adapters_without_effect(model, rows)
     with as_gathered(model, "meta"):
-        return InjectionReport(rows.values(), model_bytes(model))
+        return InjectionReport(rows.values(), model_bytes(model), frozen)
 
 
 def _find_adapters_without_effect(model: Any, rows: dict[nn.Module, LayerReport]) -> None:
@@ -148,7 +157,7 @@ def _row(name: str, module: Any) -> LayerReport | None:
     from lora_ops.injection import peft_layers
 
     base = module.get_base_layer()
-    kind, weight_format = type(base).__name__, _weight_format(module, base)
+    kind, weight_format = base._get_name(), _weight_format(module, base)
     if (inactive := peft_layers.inactive_state(module)) is not None:
         state, reason = inactive
         return LayerReport(name, kind, False, "", reason, weight_format, state)

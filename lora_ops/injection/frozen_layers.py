@@ -1,0 +1,87 @@
+"""Linear layers without adapters on `frozen_linear`, where this CPU needs it: 16-bit weights that torch is slow with.
+
+As with adapters, `adopt` assigns `module.__class__` and `abandon` assigns it back: names, Parameters and hooks stay.
+Imports transformers: imported only when `inject` is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_ops import functional
+from lora_ops.nn import weight_of
+from lora_ops.quant import native_abi
+from lora_ops.runtime import native
+from lora_ops.runtime.checks import autocasting
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+class FrozenLinear(nn.Linear):
+    """nn.Linear on `frozen_linear` while its weight is frozen, on the CPU and of x's dtype, and as it was otherwise."""
+
+    runs_frozen_linear = True
+
+    def _get_name(self) -> str:
+        return "Linear"  # in a model's repr and in the report
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _serves(self, x):
+            return super().forward(x)
+        return functional.frozen_linear(x, self.weight, self.bias)
+
+
+class FrozenConv1D(Conv1D):
+    """transformers' Conv1D likewise; its weight lies as (K, N)."""
+
+    runs_frozen_linear = True
+
+    def _get_name(self) -> str:
+        return "Conv1D"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _serves(self, x):
+            return super().forward(x)
+        return functional.frozen_linear(x, self.weight.T, self.bias)
+
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def _serves(layer: Any, x: Tensor) -> bool:
+    weight, bias = layer.weight, layer.bias
+    if type(weight) not in _PLAIN or weight.requires_grad or not (weight.is_cpu and x.is_cpu):
+        return False
+    return (x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)) or autocasting(x)
+
+
+def adopt(model: nn.Module) -> None:
+    """Put the linear layers whose frozen weights torch multiplies slowly here on `frozen_linear`, in place."""
+    if not native.available():
+        return
+    for module in model.modules():
+        if type(module) in _OURS and _is_slow(module):
+            module.__class__ = _OURS[type(module)]
+
+
+def _is_slow(layer: Any) -> bool:
+    weight = layer._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.dim() == 2
+        and not weight.requires_grad
+        and weight.dtype in native.FLOAT_DTYPES
+        and native_abi.takes_dense(weight_of(layer))
+    )
+
+
+def abandon(model: nn.Module) -> None:
+    """Give the layers of a model that `adopt` took the classes back that they had."""
+    for module in model.modules():
+        if type(module) in _THEIRS:
+            module.__class__ = _THEIRS[type(module)]
