@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="small shapes, seconds instead of minutes")
     size.add_argument("--wide", action="store_true", help="more shapes and ranks")
     parser.add_argument("--shapes", type=_shapes, help="N x K of the weights, as in 4096x4096,14336x4096")
-    parser.add_argument("--tokens", type=_numbers, help="values of M for nf4_linear, as in 1,8,64")
+    parser.add_argument("--tokens", type=_numbers, help="values of M for nf4_linear and frozen_linear, as in 1,8,64")
     parser.add_argument("--lora-tokens", type=_numbers, help="values of M for lora_linear")
     parser.add_argument("--ops", type=_ops, default=tuple(SUITES), help=f"of {', '.join(SUITES)}")
     parser.add_argument("--policy", choices=[*POLICIES, "both"], default="both", help="of the allocator")

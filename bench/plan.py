@@ -23,8 +23,8 @@ class Plan:
 
     Attributes:
         device: "cpu" or "cuda".
-        shapes: (N, K) of the weights of the codec and nf4_linear.
-        tokens: values of M for nf4_linear.
+        shapes: (N, K) of the weights of the codec, nf4_linear and frozen_linear.
+        tokens: values of M for nf4_linear and frozen_linear.
         lora_shapes, lora_tokens, ranks: the same for lora_linear.
         generation_tokens: of its forward without autograd.
         adapter_dtypes: of lora_a and lora_b; float32 is what PEFT makes of them by default.

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "dequantize": (4, (OURS, "copy of the dense weight", "bitsandbytes")),
     "nf4_linear": (1, (OURS, "dense", "bitsandbytes", "bitsandbytes eval")),
     "nf4_linear_dx": (1, (OURS, "dense", "bitsandbytes")),
+    "frozen_linear": (1, (OURS, "dense")),
     "lora_linear": (4, (OURS, "frozen dense", "PEFT", "PEFT + bitsandbytes", "addmm by hand")),
     "lora_generation": (1, (OURS, "nf4_linear", "PEFT + bitsandbytes")),
     "adamw": (2, (OURS, "torch fused 32-bit", "bitsandbytes AdamW8bit")),
@@ -39,7 +40,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def _cases() -> Iterator[Any]:
     for op, (count, contenders) in CASES.items():
-        for tokens in PLAN.tokens if op.startswith("nf4_linear") else (None,):
+        for tokens in PLAN.tokens if op in ("nf4_linear", "nf4_linear_dx", "frozen_linear") else (None,):
             for index, contender in itertools.product(range(count), contenders):
                 label = [op, f"m{tokens}" if tokens else "", str(index) if count > 1 else "", contender]
                 yield pytest.param(op, tokens, index, contender, id="-".join(part for part in label if part))

@@ -1,5 +1,5 @@
-"""Attention of 16-bit models in float32 where this CPU is slow at 16 bits: there torch's backward of it takes four times
-as long as in float32, casts included.
+"""Attention of 16-bit models in float32 where this CPU is slow at 16 bits: torch's backward of it takes four times as
+long there as in float32 with the casts.
 
 transformers looks its attention functions up by name. `adopt` puts one that knows the marked models in the place of
 "sdpa", so that a model keeps its name for it, on which much of its code decides; other models pass through.

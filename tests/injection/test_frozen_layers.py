@@ -104,7 +104,7 @@ def test_nothing_is_touched_in_float32_and_on_a_fast_cpu(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ways_back(name: str) -> None:
-    """eject, PEFT's unload and merge leave the classes that the model was built with; a second inject changes nothing."""
+    """eject, PEFT's unload and merge leave the classes that the model had; a second inject changes nothing."""
     model = MODELS[name](dtype=torch.bfloat16)
     before, keys = classes(model), list(model.state_dict())
     injected = lora_ops.inject(model, r=2)
