@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 WORKERS := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sweep peers faults matrix triton native cuda sanitize arm clean
+.PHONY: help demo test lint format bench sweep peers faults matrix triton native cuda sanitize arm wheel clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -73,6 +73,16 @@ sanitize: $(VENV)/.test ## fuzz the C++ kernels under the address and undefined-
 
 arm: $(VENV)/.test ## build the C++ kernels for 64-bit ARM and test them under qemu (4 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.arm $(ARGS)
+
+# The tools are in an environment of their own: the tests' is not to change by what a release is made with.
+TOOLS := build/wheel/tools
+wheel: $(TOOLS)/.done ## build the sdist and the manylinux wheel into dist/, try both without a compiler (5 minutes)
+	$(TOOLS)/bin/python -m tests.wheel
+
+$(TOOLS)/.done: tests/wheel/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/wheel/tools.txt
+	@touch $@
 
 clean: ## delete the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info lora_ops/_liblora_ops*.so demo_output

@@ -25,6 +25,12 @@ SOURCE_DIR = Path("csrc/cpu")
 CUDA_SOURCE_DIR = Path("csrc/cuda")
 NATIVE, CUDA = "lora_ops._liblora_ops", "lora_ops._liblora_ops_cuda"
 
+# pip shows nothing of it without --verbose: `lora-ops doctor` says the same (native.REMEDY).
+ADVICE = """The other backends work. For fast CPU kernels:
+apt-get install g++ (or dnf install gcc-c++, xcode-select --install), then
+LORA_OPS_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir
+of lora_ops: pip keeps what it built without a compiler."""
+
 # -ffp-contract=off: the codecs are bit-exact, a fused multiply-add would change their bytes.
 FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"
@@ -78,8 +84,7 @@ class BuildNative(build_ext):
             reason = f"lora_ops: the native CPU backend was not built: {error}"
             if os.environ.get("LORA_OPS_REQUIRE_NATIVE") == "1":
                 raise SystemExit(reason) from error
-            advice = "The other backends work; for fast CPU kernels install a C++17 compiler and reinstall."
-            print(f"{'*' * 79}\n{reason}\n{advice}\n{'*' * 79}", file=sys.stderr, flush=True)
+            print(f"{'*' * 79}\n{reason}\n{ADVICE}\n{'*' * 79}", file=sys.stderr, flush=True)
 
     def _build(self, library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))

@@ -47,7 +47,8 @@ def doctor() -> str:
             lines.append(f"  ok       {backend.name:<10} {note}".rstrip())
         else:
             cost = "" if reason == "no GPU" else f"\n{'':>22}costs: {backend.cost}"
-            lines.append(f"  missing  {backend.name:<10} {reason}{cost}")
+            remedy = f"\n{'':>22}to do: {native.REMEDY}" if native.BUILD_HINT in reason else ""
+            lines.append(f"  missing  {backend.name:<10} {reason}{cost}{remedy}")
     if torch.cuda.is_available():
         lines.append(f"routes by {crossovers.source(gpu)}; `python3 -m bench.gpu --tune` in a checkout measures them")
     lines += ["", "extras"]

@@ -23,7 +23,9 @@ def test_doctor_names_what_is_missing_and_the_cost(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
-    monkeypatch.setattr(native, "_load", lambda: native.NativeError("the native library was not built"))
+    monkeypatch.setattr(
+        native, "_load", lambda: native.NativeError(f"the native library was not built: {native.BUILD_HINT}")
+    )
     native.unavailable_reason.cache_clear()
     try:
         cli.main(["doctor"])
@@ -32,6 +34,8 @@ def test_doctor_names_what_is_missing_and_the_cost(
     out = capsys.readouterr().out
     assert "missing  native     the native library was not built" in out
     assert "costs: CPU ops fall back to plain PyTorch" in out
+    assert "to do: apt-get install g++" in out
+    assert "--no-cache-dir" in out
     assert "without peft: pip install 'lora_ops[train]'" in out
 
 

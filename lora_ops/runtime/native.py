@@ -22,7 +22,12 @@ from lora_ops.runtime.checks import dtype_name
 
 ABI_VERSION = 5
 LIBRARY_PATH = Path(__file__).parents[1] / "_liblora_ops.so"
-BUILD_HINT = "reinstall lora_ops with a C++17 compiler (LORA_OPS_REQUIRE_NATIVE=1 shows why a build fails)"
+BUILD_HINT = "reinstall lora_ops with a C++17 compiler; `lora-ops doctor` says how"
+REMEDY = (
+    "apt-get install g++ (or dnf install gcc-c++, xcode-select --install), then LORA_OPS_REQUIRE_NATIVE=1 pip install "
+    "--force-reinstall --no-deps --no-cache-dir of lora_ops: pip keeps what it built without a compiler"
+)
+OPENMP_HINT = "apt-get install libgomp1 (or dnf install libgomp); torch's wheels for Linux bring it"
 
 ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 4}
 _ISA_AUTO = -1
@@ -55,7 +60,8 @@ def _open(path: Path) -> ctypes.CDLL:
             function.argtypes = argtypes
             function.restype = c_int
     except (OSError, AttributeError) as error:
-        raise NativeError(f"{path.name} cannot be loaded ({error}): {BUILD_HINT}") from error
+        hint = OPENMP_HINT if "libgomp" in str(error) else BUILD_HINT
+        raise NativeError(f"{path.name} cannot be loaded ({error}): {hint}") from error
     if forced := os.environ.get("LORA_OPS_ISA"):
         _force(lib, forced)
     return lib

@@ -72,6 +72,19 @@ def test_broken_library_is_a_reason(tmp_path: Path) -> None:
         native._open(path)
 
 
+def test_a_missing_openmp_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a torch that is not pip's, and no libgomp on the machine: another compiler would not help."""
+
+    def missing(path: str) -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    path = tmp_path / "_liblora_ops.so"
+    path.touch()
+    monkeypatch.setattr(native.ctypes, "CDLL", missing)
+    with pytest.raises(native.NativeError, match="apt-get install libgomp1"):
+        native._open(path)
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
