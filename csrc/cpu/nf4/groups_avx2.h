@@ -1,0 +1,165 @@
+// Groups of 64 weights of an NF4 block to fp32 with AVX2: code * absmax rounded to T, and widened. A group comes in an order
+// that saves shuffles; sums along it do not mind, if x is put in the same.
+//
+// AVX2 looks up bytes: a table of 16 values is one register for each of their bytes. The lookups, and the unpacks that put
+// bytes together, go to the two pipes (one, on older machines) that shuffle, and are what bounds decoding.
+#pragma once
+
+#include "isa/avx2.h"
+#include "nf4/table.h"
+
+namespace lora_ops {
+namespace {
+
+// Of 64 packed weights the codes of the even ones, or of the odd ones, each a byte.
+inline __m256i nf4_codes(__m256i packed, int odd) {
+    return _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
+}
+
+// Which of 64 weights is in lane `lane` of vector `vector` of a group: element(vector, lane). What a block needs: Table.
+//
+// In fp32: 25 operations that shuffle for 64 weights, where permutes of 8 entries, twice, with a blend by the code's fourth
+// bit took 48. The planes are the code book's, so the scale comes after: to make a block's own costs more.
+template <class T>
+struct NF4Groups {
+    using Table = float;  // absmax
+    __m256i plane[4];
+
+    NF4Groups() {
+        alignas(16) uint8_t bytes[4][16];
+        for (int i = 0; i < 16; ++i) {
+            for (int b = 0; b < 4; ++b) bytes[b][i] = static_cast<uint8_t>(float_bits(kNF4Code[i]) >> 8 * b);
+        }
+        for (int b = 0; b < 4; ++b) plane[b] = _mm256_broadcastsi128_si256(load128(bytes[b]));
+    }
+
+    static const Table* tables(const float* absmax, int64_t, Table*) { return absmax; }
+
+    void decode(const uint8_t* packed, const Table& absmax, __m256 (&w)[8]) const {
+        const __m256i bytes = load256(packed);
+        const __m256 scale = _mm256_broadcast_ss(&absmax);
+        for (int odd = 0; odd < 2; ++odd) {
+            const __m256i codes = nf4_codes(bytes, odd);
+            __m256i b[4];
+            for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(plane[i], codes);
+            const __m256i low01 = _mm256_unpacklo_epi8(b[0], b[1]), high01 = _mm256_unpackhi_epi8(b[0], b[1]);
+            const __m256i low23 = _mm256_unpacklo_epi8(b[2], b[3]), high23 = _mm256_unpackhi_epi8(b[2], b[3]);
+            const __m256i code[] = {_mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
+                                    _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
+            for (int i = 0; i < 4; ++i) w[4 * odd + i] = _mm256_mul_ps(_mm256_castsi256_ps(code[i]), scale);
+        }
+    }
+
+    static constexpr int element(int vector, int lane) {
+        return 2 * (4 * (vector % 4) + lane % 4 + 16 * (lane / 4)) + vector / 4;
+    }
+};
+
+// The values of a block, rounded to 16 bits.
+struct alignas(32) NF4Bytes {
+    uint8_t low[16], high[16];
+};
+
+// Rounded to nearest even by an addition, which is right for all but a NaN; the upper half is the result.
+inline __m256i rounded_up(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+inline NF4Bytes nf4_bytes(const uint16_t (&values)[16]) {
+    NF4Bytes table;
+    for (int i = 0; i < 16; ++i) {
+        table.low[i] = static_cast<uint8_t>(values[i]);
+        table.high[i] = static_cast<uint8_t>(values[i] >> 8);
+    }
+    return table;
+}
+
+inline void nf4_bytes(float absmax, NF4Bytes& table, BF16) {
+    if (abs_bits(absmax) >= kInfBits<float>) {
+        uint16_t values[16];
+        for (int i = 0; i < 16; ++i) values[i] = round_to<BF16>(kNF4Code[i] * absmax).bits;
+        table = nf4_bytes(values);
+        return;
+    }
+    // Values 0-3 and 8-11, then the others: shuffles within 128 bits leave 0-7 and 8-15.
+    const __m256 scale = _mm256_set1_ps(absmax);
+    const __m256 first = _mm256_setr_m128(_mm_loadu_ps(kNF4Code), _mm_loadu_ps(kNF4Code + 8));
+    const __m256 second = _mm256_setr_m128(_mm_loadu_ps(kNF4Code + 4), _mm_loadu_ps(kNF4Code + 12));
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 6, 10, 14, 2, 6, 10, 14, 3, 7, 11, 15, 3, 7, 11, 15));
+    const __m256i a = _mm256_shuffle_epi8(rounded_up(_mm256_mul_ps(first, scale)), bytes);
+    const __m256i b = _mm256_shuffle_epi8(rounded_up(_mm256_mul_ps(second, scale)), bytes);
+    const __m256i halves = _mm256_blend_epi32(a, b, 0xaa);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(&table), _mm256_permute4x64_epi64(halves, 0xd8));
+}
+
+inline void nf4_bytes(float absmax, NF4Bytes& table, F16) {
+    const __m256 scale = _mm256_set1_ps(absmax);
+    const __m128i bytes = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const auto eight = [&](int from) {
+        return _mm_shuffle_epi8(to_16_bits(_mm256_mul_ps(_mm256_loadu_ps(kNF4Code + from), scale), F16{}), bytes);
+    };
+    const __m128i a = eight(0), b = eight(8);
+    _mm_store_si128(reinterpret_cast<__m128i*>(table.low), _mm_unpacklo_epi64(a, b));
+    _mm_store_si128(reinterpret_cast<__m128i*>(table.high), _mm_unpackhi_epi64(a, b));
+}
+
+// In 16 bits: 8 lookups and unpacks, and the table of a block. Tables are made in a loop of their own, which the processor
+// overlaps better than a chain of 20 cycles before each group, and a load broadcasts what it has stored.
+template <class T>
+struct NF4Groups16 {
+    using Table = NF4Bytes;
+
+    static const Table* tables(const float* absmax, int64_t n, Table* to) {
+        for (int64_t i = 0; i < n; ++i) nf4_bytes(absmax[i], to[i], T{});
+        return to;
+    }
+
+    // Of the even codes or the odd: those of bytes 0-7 and 16-23, then of 8-15 and 24-31.
+    static void look_up(const Table& table, __m256i codes, __m256i (&words)[2]) {
+        const __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table.low)), codes);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table.high)), codes);
+        words[0] = _mm256_unpacklo_epi8(low, high);
+        words[1] = _mm256_unpackhi_epi8(low, high);
+    }
+};
+
+template <>
+struct NF4Groups<BF16> : NF4Groups16<BF16> {
+    static void decode(const uint8_t* packed, const Table& table, __m256 (&w)[8]) {
+        const __m256i bytes = load256(packed), upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        for (int odd = 0; odd < 2; ++odd) {
+            __m256i words[2];
+            look_up(table, nf4_codes(bytes, odd), words);
+            for (int i = 0; i < 2; ++i) {
+                w[4 * odd + 2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
+                w[4 * odd + 2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(words[i], upper));
+            }
+        }
+    }
+    static constexpr int element(int vector, int lane) {
+        return 2 * (8 * (vector / 2 % 2) + 2 * (lane % 4) + vector % 2 + 16 * (lane / 4)) + vector / 4;
+    }
+};
+
+template <>
+struct NF4Groups<F16> : NF4Groups16<F16> {
+    static void decode(const uint8_t* packed, const Table& table, __m256 (&w)[8]) {
+        const __m256i bytes = load256(packed);
+        for (int odd = 0; odd < 2; ++odd) {
+            __m256i words[2];
+            look_up(table, nf4_codes(bytes, odd), words);
+            for (int i = 0; i < 2; ++i) {
+                w[4 * odd + 2 * i] = _mm256_cvtph_ps(_mm256_castsi256_si128(words[i]));
+                w[4 * odd + 2 * i + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words[i], 1));
+            }
+        }
+    }
+    static constexpr int element(int vector, int lane) {
+        return 2 * (8 * (vector / 2 % 2) + lane + 16 * (vector % 2)) + vector / 4;
+    }
+};
+
+}  // namespace
+}  // namespace lora_ops
