@@ -4,6 +4,7 @@
 #include "gemm/register_dots_avx2.h"
 #include "isa/avx2.h"
 #include "nf4/avx2.h"
+#include "nf4/groups_avx2.h"
 
 namespace lora_ops {
 namespace {
@@ -12,6 +13,7 @@ struct Avx2Floats {
     using F = __m256;
     using Codec = Avx2NF4;
     static constexpr int kLanes = 8, kRows = 6, kVectors = 2;  // 12 accumulators, 2 + 1 operands of 16 registers
+    static constexpr bool kGroups = true;
 
     template <class T>
     static Avx2NF4::Table<float> table(float absmax) {
@@ -21,6 +23,14 @@ struct Avx2Floats {
             table.high = widen(to_16_bits(table.high, T{}), T{});
         }
         return table;
+    }
+    template <class T>
+    static void decode64(const uint8_t* packed, float absmax, float* out) {
+        const NF4Groups<T> groups;
+        typename NF4Groups<T>::Table room;
+        F w[8];
+        groups.decode_in_order(packed, *NF4Groups<T>::tables(&absmax, 1, &room), w);
+        for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + 8 * i, w[i]);
     }
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float x) { return _mm256_set1_ps(x); }

@@ -3,6 +3,7 @@
 //
 // V supplies vectors of kLanes floats of type F and what the blocking needs to know:
 //   Codec, table<T>(absmax)            of nf4/codec.h, and a Table<float> of values rounded to T
+//   kGroups                            whether decode64<T>(packed, absmax, float* out) decodes 64 elements of a block
 //   kRows, kVectors                    the tile of the micro-kernel
 //   F zero(), set1(float), load(const T*), fma(a, b, c); store(float* or T*, F); float sum(F)
 //   transpose(const float* const rows[kLanes], int64_t at, float* out, int64_t stride)
@@ -26,7 +27,12 @@ const float* decode_floats(const Gemm& g, int64_t begin, int64_t n, float* out) 
     int64_t block = first / g.w.block_size;
     for (int64_t i = first; i < last; ++block) {
         const int64_t block_end = lesser((block + 1) * g.w.block_size, last);
-        const auto table = V::template table<T>(nf4_absmax(g.w, block));
+        const float absmax = nf4_absmax(g.w, block);
+        if constexpr (V::kGroups) {
+            for (; i + 64 <= block_end; i += 64) V::template decode64<T>(g.w.packed + i / 2, absmax, out + i - first);
+            if (i == block_end) continue;
+        }
+        const auto table = V::template table<T>(absmax);
         for (; i < block_end; i += 32) {
             if (n_bytes - i / 2 >= 16) {
                 V::Codec::template decode32<float>(table, g.w.packed + i / 2, out + i - first);

@@ -11,6 +11,7 @@ struct Avx512Floats {
     using F = __m512;
     using Codec = Avx512NF4;
     static constexpr int kLanes = 16, kRows = 6, kVectors = 4;  // 24 accumulators, 4 + 1 operands of 32 registers
+    static constexpr bool kGroups = false;
 
     template <class T>
     static Avx512NF4::Table<float> table(float absmax) {

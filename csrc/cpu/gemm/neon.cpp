@@ -11,6 +11,7 @@ struct NeonFloats {
     using F = float32x4_t;
     using Codec = NeonNF4;
     static constexpr int kLanes = 4, kRows = 6, kVectors = 4;  // 24 accumulators, 4 + 1 operands of 32 registers
+    static constexpr bool kGroups = false;
 
     template <class T>
     static NeonNF4::Table<float> table(float absmax) {

@@ -12,6 +12,7 @@ struct PortableFloats {
     typedef float F __attribute__((vector_size(16)));  // a vector register of every 64-bit machine
     using Codec = PortableNF4;
     static constexpr int kLanes = 4, kRows = 4, kVectors = 2;  // 8 accumulators, 2 + 1 operands of 16 registers
+    static constexpr bool kGroups = false;
 
     template <class T>
     static PortableNF4::Table<float> table(float absmax) {

@@ -42,6 +42,24 @@ void write_dot(const Gemm& g, int64_t row, int64_t column, __m256 sums) {
     static_cast<T*>(g.y)[row * g.stride_y + column] = round_to<T>(sum_of_lanes(sums) + bias);
 }
 
+inline void fetch_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Fetches the scales of n elements of W.
+inline void fetch_scales(const Gemm& g, int64_t first, int64_t n) {
+    const int64_t block = first / g.w.block_size, blocks = n / g.w.block_size;
+    for (int64_t i = 0; i <= blocks; i += 16) {
+        if (g.w.absmax) fetch_line(g.w.absmax + block + i);
+        if (!g.w.absmax && i % 64 == 0) fetch_line(g.w.absmax_codes + block + i);
+    }
+}
+
+// Fetches a span of W. Spans of rows lie too far apart for the hardware to foresee: without this 16 rows of x over 2048 x
+// 2048 in L3 take 1.4 times as long.
+inline void fetch_span(const Gemm& g, int64_t first) {
+    for (int64_t i = 0; i < kDotSpan; i += 128) fetch_line(g.w.packed + (first + i) / 2);
+    fetch_scales(g, first, kDotSpan);
+}
+
 // What the groups of up to kSpan elements of W need.
 template <class T, int64_t kSpan>
 struct GroupTables {
@@ -63,10 +81,11 @@ void dots(const Gemm& g, const NF4Groups<T>& nf4, const float* x, int64_t column
     GroupTables<T, kScalesSpan> tables;
     for (int64_t begin = 0; begin < g.k; begin += kScalesSpan) {
         const int64_t groups = lesser(kScalesSpan, g.k - begin) / 64, first = column * g.k + begin;
+        fetch_scales(g, first + 2 * kDotAhead, 64 * groups);
         tables.fetch(g, first, groups);
         const uint8_t* packed = g.w.packed + first / 2;
         for (int64_t group = 0; group < groups; ++group, packed += 32, x += 64 * m) {
-            _mm_prefetch(reinterpret_cast<const char*>(packed + kDotAhead), _MM_HINT_T0);
+            fetch_line(packed + kDotAhead);
             __m256 w[8], sum[m];
             nf4.decode(packed, tables.table[group], w);
             for (int i = 0; i < m; ++i) sum[i] = _mm256_mul_ps(_mm256_load_ps(x + 64 * i), w[0]);
@@ -100,17 +119,6 @@ void dots_of_decoded(const float* x, int64_t m_all, const float* w, int64_t grou
     for (int i = 0; i < m; ++i) {
         for (int r = 0; r < rows; ++r) sums[i][r] = _mm256_add_ps(sums[i][r], sum[i][r]);
     }
-}
-
-// Fetches the lines of a span of W, and of its scales. Spans of rows lie too far apart for the hardware to foresee: without
-// this 16 rows of x over 2048 x 2048 in L3 take 1.4 times as long.
-inline void fetch_span(const Gemm& g, int64_t first) {
-    for (int64_t i = 0; i < kDotSpan; i += 128) {
-        _mm_prefetch(reinterpret_cast<const char*>(g.w.packed + (first + i) / 2), _MM_HINT_T0);
-    }
-    const int64_t block = first / g.w.block_size;
-    const void* const scale = g.w.absmax ? static_cast<const void*>(g.w.absmax + block) : g.w.absmax_codes + block;
-    _mm_prefetch(static_cast<const char*>(scale), _MM_HINT_T0);
 }
 
 // Terms [begin, begin + 64 groups) of columns [column, column + rows) of y, for all rows of x: W is decoded to the L1 cache.

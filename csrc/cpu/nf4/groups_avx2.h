@@ -16,6 +16,37 @@ inline __m256i nf4_codes(__m256i packed, int odd) {
     return _mm256_and_si256(odd ? packed : _mm256_srli_epi16(packed, 4), _mm256_set1_epi8(15));
 }
 
+// Moves pairs of bytes, so that even and odd codes, interleaved and unpacked twice, come out in order.
+inline __m256i nf4_dealt(__m256i packed) {
+    const __m128i pairs = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(packed, _mm256_broadcastsi128_si256(pairs)), 0xd8);
+}
+
+// Of 64 packed weights 32 codes, those of the lower or the upper 8 bytes of each 128 bits in their order.
+inline __m256i nf4_codes_in_order(__m256i packed, int upper) {
+    const __m256i even = nf4_codes(packed, 0), odd = nf4_codes(packed, 1);
+    return upper ? _mm256_unpackhi_epi8(even, odd) : _mm256_unpacklo_epi8(even, odd);
+}
+
+// The bits of the code book's values, which a compiler of C++17 does not tell before it runs.
+constexpr uint32_t nf4_code_bits(int i) {
+    float x = kNF4Code[i] < 0 ? -kNF4Code[i] : kNF4Code[i];
+    if (x == 0) return 0;
+    uint32_t exponent = 127;
+    for (; x < 1; x *= 2) --exponent;
+    return (kNF4Code[i] < 0 ? 0x80000000u : 0u) | exponent << 23 | static_cast<uint32_t>((x - 1) * 0x1p23f);
+}
+
+struct NF4CodeBytes {
+    alignas(16) uint8_t byte[4][16];
+    constexpr NF4CodeBytes() : byte() {
+        for (int b = 0; b < 4; ++b) {
+            for (int i = 0; i < 16; ++i) byte[b][i] = static_cast<uint8_t>(nf4_code_bits(i) >> 8 * b);
+        }
+    }
+};
+constexpr NF4CodeBytes kNF4CodeBytes;
+
 // Which of 64 weights is in lane `lane` of vector `vector` of a group: element(vector, lane). What a block needs: Table.
 //
 // In fp32: 25 operations that shuffle for 64 weights, where permutes of 8 entries, twice, with a blend by the code's fourth
@@ -26,28 +57,30 @@ struct NF4Groups {
     __m256i plane[4];
 
     NF4Groups() {
-        alignas(16) uint8_t bytes[4][16];
-        for (int i = 0; i < 16; ++i) {
-            for (int b = 0; b < 4; ++b) bytes[b][i] = static_cast<uint8_t>(float_bits(kNF4Code[i]) >> 8 * b);
-        }
-        for (int b = 0; b < 4; ++b) plane[b] = _mm256_broadcastsi128_si256(load128(bytes[b]));
+        for (int b = 0; b < 4; ++b) plane[b] = _mm256_broadcastsi128_si256(load128(kNF4CodeBytes.byte[b]));
     }
 
     static const Table* tables(const float* absmax, int64_t, Table*) { return absmax; }
 
     void decode(const uint8_t* packed, const Table& absmax, __m256 (&w)[8]) const {
         const __m256i bytes = load256(packed);
+        for (int odd = 0; odd < 2; ++odd) look_up(nf4_codes(bytes, odd), absmax, w + 4 * odd);
+    }
+
+    void decode_in_order(const uint8_t* packed, const Table& absmax, __m256 (&w)[8]) const {
+        const __m256i bytes = nf4_dealt(load256(packed));
+        for (int upper = 0; upper < 2; ++upper) look_up(nf4_codes_in_order(bytes, upper), absmax, w + 4 * upper);
+    }
+
+    void look_up(__m256i codes, const float& absmax, __m256* w) const {
         const __m256 scale = _mm256_broadcast_ss(&absmax);
-        for (int odd = 0; odd < 2; ++odd) {
-            const __m256i codes = nf4_codes(bytes, odd);
-            __m256i b[4];
-            for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(plane[i], codes);
-            const __m256i low01 = _mm256_unpacklo_epi8(b[0], b[1]), high01 = _mm256_unpackhi_epi8(b[0], b[1]);
-            const __m256i low23 = _mm256_unpacklo_epi8(b[2], b[3]), high23 = _mm256_unpackhi_epi8(b[2], b[3]);
-            const __m256i code[] = {_mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
-                                    _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
-            for (int i = 0; i < 4; ++i) w[4 * odd + i] = _mm256_mul_ps(_mm256_castsi256_ps(code[i]), scale);
-        }
+        __m256i b[4];
+        for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(plane[i], codes);
+        const __m256i low01 = _mm256_unpacklo_epi8(b[0], b[1]), high01 = _mm256_unpackhi_epi8(b[0], b[1]);
+        const __m256i low23 = _mm256_unpacklo_epi8(b[2], b[3]), high23 = _mm256_unpackhi_epi8(b[2], b[3]);
+        const __m256i code[] = {_mm256_unpacklo_epi16(low01, low23), _mm256_unpackhi_epi16(low01, low23),
+                                _mm256_unpacklo_epi16(high01, high23), _mm256_unpackhi_epi16(high01, high23)};
+        for (int i = 0; i < 4; ++i) w[i] = _mm256_mul_ps(_mm256_castsi256_ps(code[i]), scale);
     }
 
     static constexpr int element(int vector, int lane) {
@@ -116,7 +149,28 @@ struct NF4Groups16 {
         return to;
     }
 
-    // Of the even codes or the odd: those of bytes 0-7 and 16-23, then of 8-15 and 24-31.
+    // 64 weights in order, 16 a vector.
+    static void words_in_order(const uint8_t* packed, const Table& table, __m256i (&words)[4]) {
+        // Four bytes in turn for the lower and the upper 128 bits.
+        const __m256i dealt = _mm256_permutevar8x32_epi32(load256(packed), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        for (int upper = 0; upper < 2; ++upper) {
+            __m256i two[2];
+            look_up(table, nf4_codes_in_order(dealt, upper), two);
+            words[2 * upper] = two[0];
+            words[2 * upper + 1] = two[1];
+        }
+    }
+
+    static void decode_in_order(const uint8_t* packed, const Table& table, __m256 (&w)[8]) {
+        __m256i words[4];
+        words_in_order(packed, table, words);
+        for (int i = 0; i < 4; ++i) {
+            w[2 * i] = widen(_mm256_castsi256_si128(words[i]), T{});
+            w[2 * i + 1] = widen(_mm256_extracti128_si256(words[i], 1), T{});
+        }
+    }
+
+    // Of 32 codes, a byte each: those of bytes 0-7 and 16-23, then of 8-15 and 24-31.
     static void look_up(const Table& table, __m256i codes, __m256i (&words)[2]) {
         const __m256i low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table.low)), codes);
         const __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table.high)), codes);
