@@ -1,6 +1,5 @@
-#include "adamw/update.h"
-#include "blockwise8/avx2.h"
+#include "adamw/avx2.h"
 
 namespace lora_ops {
-const AdamwKernel kAvx2Adamw = adamw<CodedUpdate<Avx2Blockwise8>>;
+const AdamwKernel kAvx2Adamw = adamw<Avx2CodedUpdate>;
 }  // namespace lora_ops

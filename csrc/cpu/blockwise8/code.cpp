@@ -35,6 +35,24 @@ void make_search(Blockwise8Code& code) {
     for (int bin = 0; bin < code.kBins; ++bin) fill(code.start[bin], least(bin), most(bin));
 }
 
+// A bin shares the upper half of its bits; of the lower 24 an entry holds those that a |v| has to exceed.
+void make_settled(Blockwise8Code& code) {
+    constexpr int kFirst = Blockwise8Code::kFirstKey, kBins = Blockwise8Code::kBins;
+    const auto entry = [](uint32_t low24, int found) { return static_cast<int32_t>(low24 << 8 | static_cast<uint32_t>(found)); };
+    int32_t* const middle = code.settled + kBins - 1;
+    code.settles = code.most_steps <= 1 && code.start[0] == code.start[kBins] && code.start[0] == code.start[1];
+    middle[0] = entry(0x7fffff, code.start[0]);  // nothing exceeds it
+    for (int bin = 1; bin < kBins; ++bin) {
+        const uint32_t upper = static_cast<uint32_t>(kFirst + bin), last = (upper << 16 | 0xffff) & 0xffffff;
+        const int above = code.start[bin], below = code.start[kBins + bin];
+        const uint32_t up = float_bits(code.threshold[above]), down = float_bits(code.threshold[below]);
+        middle[bin] = entry(up >> 16 == upper ? up & 0xffffff : last, above);
+        // v > threshold is |v| < |threshold|: the code falls where |v| > the number below it.
+        const bool falls = down >> 16 == (upper | 0x8000) && down & 0xffff;
+        middle[-bin] = falls ? entry((down - 1) & 0xffffff, below + 1) : entry(last, below);
+    }
+}
+
 // What avx512.h computes from the upper half of the bits of 2 |v|, not below those of the first bin.
 int line_guess(const Blockwise8Code& code, uint32_t half) {
     const uint32_t e = half >> 8, swapped = (half << 8 & 0xff00) | e;
@@ -101,6 +119,7 @@ Blockwise8Code make_code(const float* map) {
     Blockwise8Code code = {};
     memcpy(code.map, map, sizeof code.map);
     make_search(code);
+    make_settled(code);
     make_lines(code);
     for (int i = 0; i < 256; ++i) {
         for (int byte = 0; byte < 4; ++byte) {

@@ -13,6 +13,9 @@ namespace lora_ops {
 // counts the thresholds below the whole bin, and the search goes on from there. Both dynamic maps have at most one
 // threshold a bin, so one comparison settles it.
 //
+// Any map whose bins hold one threshold at most, and the lowest of both signs none: of a bin, signed by v, an entry holds the
+// code of its lowest |v| and the |v| beyond which that rises by one, or falls by one if v < 0: one look-up and one comparison.
+//
 // The dynamic maps: each decade is a straight line, and no binade meets more than two of them. So in the bin of 8 bits of
 // mantissa that holds |v|, the number of thresholds below |v| is the integer part of one of two lines, or one more, which
 // one comparison settles. Lines are by exponent, 16-bit fixed point. Values are compared as the integers 2 |v| + (v < 0),
@@ -32,6 +35,8 @@ struct Blockwise8Code {
     alignas(64) uint16_t bend[32];     // fraction << 8 | exponent of the last bin of a binade that the first line serves
     alignas(64) uint16_t rise[2][32];  // second and first line's, over a binade, in 1 / 256; by the exponent's low 5 bits
     alignas(64) uint16_t base[2][32];  // their codes where the binade begins
+    alignas(64) int32_t settled[2 * kBins - 1];  // bin -b of a negative v at kBins - 1 - b: bits 0-23 of |v|, then the code
+    bool settles;                                // whether they were found to serve this map
     // linear: the lines were found to serve this map in every bin, and if it is signed, it is that of positive values
     // mirrored, with 0 as code 127 and one value more at the end.
     bool is_signed, linear;

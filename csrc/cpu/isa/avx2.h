@@ -44,6 +44,13 @@ inline void store8(float* x, __m256 v) { _mm256_storeu_ps(x, v); }
 template <class T>
 inline void store8(T* x, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(x), to_16_bits(v, T{})); }
 
+inline uint32_t largest_of(__m256i v) {
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
+}
+
 // The largest abs_bits of n elements, a multiple of 32.
 inline uint32_t max_abs_bits(const float* w, int64_t n) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -51,10 +58,7 @@ inline uint32_t max_abs_bits(const float* w, int64_t n) {
     for (int64_t i = 0; i < n; i += 8) {
         largest = _mm256_max_epu32(largest, _mm256_and_si256(load256(w + i), magnitude));
     }
-    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
-    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
-    return static_cast<uint32_t>(_mm_cvtsi128_si32(x));
+    return largest_of(largest);
 }
 
 // T has 16 bits.
