@@ -1,7 +1,7 @@
 // Serves the C ABI of a library to another process: reads calls from the standard input, makes them and answers on the
 // standard output. remote.py is the other side, on a machine that cannot load the library itself.
 //
-//     driver LIBRARY
+//     driver LIBRARY [TIMES = 1]
 //
 // Integers are of 64 bits, in the byte order that both machines have. A call is
 //     the length of the function's name, the name
@@ -73,7 +73,7 @@ class Buffer {
     char *memory_, *data_;
 };
 
-void serve_call(void* library, int64_t name_length) {
+void serve_call(void* library, int times, int64_t name_length) {
     std::string name(static_cast<size_t>(name_length), ' ');
     read_bytes(name.data(), name_length);
     void* const symbol = dlsym(library, name.c_str());
@@ -95,8 +95,10 @@ void serve_call(void* library, int64_t name_length) {
     }
 
     const Function function = reinterpret_cast<Function>(symbol);
-    const int64_t result = function(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13],
-                                    a[14], a[15]);
+    int64_t result = 0;
+    for (int i = 0; i < times; ++i) {
+        result = function(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]);
+    }
     if (fwrite(&result, sizeof result, 1, stdout) != 1) fail("nobody reads the answer");
     for (const Buffer& buffer : buffers) buffer.write();
     fflush(stdout);
@@ -107,5 +109,6 @@ void serve_call(void* library, int64_t name_length) {
 int main(int argc, char** argv) {
     void* const library = argc > 1 ? dlopen(argv[1], RTLD_NOW) : nullptr;
     if (!library) fail(argc > 1 ? dlerror() : "which library?");
-    for (int64_t name_length; fread(&name_length, sizeof name_length, 1, stdin) == 1;) serve_call(library, name_length);
+    const int times = argc > 2 ? atoi(argv[2]) : 1;
+    for (int64_t length; fread(&length, sizeof length, 1, stdin) == 1;) serve_call(library, times, length);
 }

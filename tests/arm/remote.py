@@ -12,7 +12,8 @@ import ctypes
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -93,12 +94,14 @@ class Call:
 class Library:
     """Stands in for `ctypes.CDLL`."""
 
-    def __init__(self, command: Sequence[str], memory: Memory) -> None:
+    def __init__(self, command: Sequence[str], memory: Memory, **pipes: Any) -> None:
         self._memory, self._lock = memory, threading.Lock()
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **pipes)
 
-    def close(self) -> None:
-        self._process.communicate()
+    def close(self) -> str:
+        """Ends the process; what it said, if there is a pipe for that."""
+        said = self._process.communicate()[1]
+        return said.decode() if said else ""
 
     def __getattr__(self, name: str) -> Function:
         if not name.startswith("lora_ops_"):
@@ -167,12 +170,34 @@ def noting(memory: Memory) -> Any:
     return mock.patch.object(torch.Tensor, "data_ptr", noted)
 
 
-def connect(memory: Memory) -> Library:
-    """The library that tests.arm built, under the emulator, as `native` opens one."""
-    library = Library([*RUN, str(DRIVER), str(LIBRARY)], memory)
+def connect(memory: Memory, *, times: int = 1, options: Sequence[str] = (), **pipes: Any) -> Library:
+    """The library that tests.arm built, under the emulator with some options, as `native` opens one."""
+    library = Library([*RUN, *options, str(DRIVER), str(LIBRARY), str(times)], memory, **pipes)
     with mock.patch.object(ctypes, "CDLL", return_value=library):
         native._open(LIBRARY)
     return library
+
+
+@contextmanager
+def using(library: Any, isa: str) -> Iterator[None]:
+    """Calls go to a library, this or `native.library()`, and one of its instruction sets."""
+
+    def ask(function: native.Function, *arguments: Any) -> int:
+        called = getattr(library, f"lora_ops_{function.name}")
+        called.argtypes = function.argtypes
+        return called(*arguments)
+
+    def call(function: native.Function, *arguments: Any) -> None:
+        function.check(ask(function, *arguments))
+
+    before = library.lora_ops_get_isa()
+    if library.lora_ops_force_isa(native.ISAS[isa]):
+        raise ValueError(f"isa: the library has no {isa}")
+    try:
+        with mock.patch.multiple(native.Function, ask=ask, __call__=call):
+            yield
+    finally:
+        library.lora_ops_force_isa(before)
 
 
 @pytest.hookimpl(tryfirst=True)

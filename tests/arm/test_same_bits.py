@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -36,35 +34,17 @@ def arm() -> Iterator[remote.Library]:
         library.close()
 
 
-def results_of(library: Any, isa: str, make: Callable[[], Results]) -> Results:
-    """What `make` gives with a library and one of its instruction sets."""
-
-    def ask(function: native.Function, *arguments: Any) -> int:
-        called = getattr(library, f"lora_ops_{function.name}")
-        called.argtypes = function.argtypes
-        return called(*arguments)
-
-    def call(function: native.Function, *arguments: Any) -> None:
-        function.check(ask(function, *arguments))
-
-    before = library.lora_ops_get_isa()
-    assert library.lora_ops_force_isa(native.ISAS[isa]) == 0
-    try:
-        with mock.patch.multiple(native.Function, ask=ask, __call__=call):
-            return make()
-    finally:
-        library.lora_ops_force_isa(before)
-
-
 def bits(t: Tensor) -> Tensor:
     """Its bytes; the sign and payload of a NaN are the machine's."""
     return torch.where(t.isnan(), torch.nan, t).contiguous().view(torch.uint8) if t.is_floating_point() else t
 
 
 def assert_same(arm: remote.Library, make: Callable[[], Results]) -> None:
-    expected = results_of(native.library(), "portable", make)
+    with remote.using(native.library(), "portable"):
+        expected = make()
     for isa in ("portable", "neon"):
-        got = results_of(arm, isa, make)
+        with remote.using(arm, isa):
+            got = make()
         for name, value in expected.items():
             assert torch.equal(bits(got[name]), bits(value)), f"{name}, {isa}"
 

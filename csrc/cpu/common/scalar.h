@@ -1,4 +1,5 @@
-// Element types and their conversions, bit for bit what IEEE 754 (and torch) do, without hardware help.
+// Element types and their conversions, bit for bit what IEEE 754 (and torch) do, without hardware help but where every
+// machine of an architecture has it.
 //
 // Everything here is in an unnamed namespace: each translation unit is compiled for its own instruction set, and
 // a shared inline function could be linked in its AVX-512 form into code that must run everywhere.
@@ -63,6 +64,13 @@ inline uint32_t largest_abs_bits(const T* x, int64_t n) {
 
 inline float to_float(float x) { return x; }
 inline float to_float(BF16 x) { return bits_float(uint32_t{x.bits} << 16); }
+#if defined(LORA_OPS_ARM64)
+inline float to_float(F16 x) {
+    __fp16 half;
+    memcpy(&half, &x, sizeof half);
+    return half;
+}
+#else
 inline float to_float(F16 x) {
     const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
     const uint32_t magnitude = x.bits & 0x7fffu;
@@ -72,6 +80,7 @@ inline float to_float(F16 x) {
     }
     return bits_float(sign | ((magnitude << 13) + (112u << 23)));
 }
+#endif
 
 template <class T>
 inline T from_abs_bits(uint32_t bits);
@@ -95,6 +104,12 @@ inline BF16 round_to<BF16>(float x) {
 }
 template <>
 inline F16 round_to<F16>(float x) {
+#if defined(LORA_OPS_ARM64)
+    const __fp16 half = static_cast<__fp16>(x);
+    F16 rounded;
+    memcpy(&rounded, &half, sizeof half);
+    return rounded;
+#else
     const uint32_t bits = float_bits(x);
     const uint32_t sign = bits >> 16 & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -110,6 +125,7 @@ inline F16 round_to<F16>(float x) {
         half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     }
     return F16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 // Calls work with an element of the type that dtype names.
