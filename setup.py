@@ -49,7 +49,10 @@ X86_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
-ARM64_FLAGS = {"neon": []}  # which every 64-bit ARM processor has
+ARM64_FLAGS = {
+    "neon": [],  # which every 64-bit ARM processor has
+    "neon_bf16": ["-march=armv8.2-a+bf16"],
+}
 # By the macro that sources ask for.
 ARCHITECTURES = {
     "LORA_OPS_X86": (("x86_64", "amd64"), X86_FLAGS),

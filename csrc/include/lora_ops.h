@@ -42,6 +42,7 @@ typedef enum {
     LORA_OPS_ISA_AVX512 = 2,      /* AVX-512 F, BW, DQ, VL */
     LORA_OPS_ISA_AVX512_BF16 = 3, /* and BF16, VBMI */
     LORA_OPS_ISA_NEON = 4,        /* what every 64-bit ARM processor has */
+    LORA_OPS_ISA_NEON_BF16 = 5,   /* and BF16 */
 } lora_ops_isa;
 
 /* An NF4 tensor, flat in row-major order: element 2i in the high nibble of byte i, element 2i + 1 in the low one.

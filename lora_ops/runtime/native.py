@@ -29,7 +29,7 @@ REMEDY = (
 )
 OPENMP_HINT = "apt-get install libgomp1 (or dnf install libgomp); torch's wheels for Linux bring it"
 
-ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 4}
+ISAS: dict[str, int] = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 4, "neon_bf16": 5}
 _ISA_AUTO = -1
 _NONFINITE = 2
 DTYPE_NUMBERS: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lora_ops_dtype

@@ -1,4 +1,4 @@
-"""Instructions that ARM's kernels take, by instruction set, counted under qemu: `python -m tests.arm.count` after `make arm`.
+"""Instructions of ARM's kernels by instruction set, counted under qemu: `python -m tests.arm.count` after `make arm`.
 
 A count is no time, but it does not depend on the machine, and says what a kernel with a higher one has to make up for.
 """
@@ -25,7 +25,7 @@ from lora_ops.runtime import native
 from tests.arm import build, remote
 
 PLUGIN = build.OUT / "count.so"
-ISAS = ("portable", "neon")
+ISAS = ("portable", "neon", "neon_bf16")
 SIDE, RANK, N = 256, 16, 1 << 16  # of the weight, of the adapter, elements
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Case = tuple[str, int, Callable[[], None]]  # name, what the count is divided by, the call
@@ -107,7 +107,10 @@ def main() -> int:
     with remote.noting(memory):
         for name, work, call in (case for cases in (codec, products, others) for case in cases()):
             counts = [instructions(memory, isa, call) / work for isa in ISAS]
-            print(f"| {name} | " + " | ".join(f"{c:.2f}" for c in counts) + f" | {counts[-1] / counts[0]:.2f} |", flush=True)
+            print(
+                f"| {name} | " + " | ".join(f"{c:.2f}" for c in counts) + f" | {counts[-1] / counts[0]:.2f} |",
+                flush=True,
+            )
     return 0
 
 

@@ -96,6 +96,7 @@ class Library:
 
     def __init__(self, command: Sequence[str], memory: Memory, **pipes: Any) -> None:
         self._memory, self._lock = memory, threading.Lock()
+        self.isas: tuple[str, ...] = ()  # for who connects
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **pipes)
 
     def close(self) -> str:

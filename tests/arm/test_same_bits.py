@@ -21,15 +21,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Results = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def arm() -> Iterator[remote.Library]:
+# Processors without and with what ARM has more of than NEON, by qemu's names, and their instruction sets.
+PROCESSORS = {"cortex-a72": ("portable", "neon"), "max": ("portable", "neon", "neon_bf16")}
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def arm(request: pytest.FixtureRequest) -> Iterator[remote.Library]:
     if reason := build.missing() or build.stale():
         pytest.skip(f"no library for ARM: {reason}")
     if not native.available():
         pytest.skip(f"nothing to compare with: {native.unavailable_reason()}")
     memory = remote.Memory()
     with remote.noting(memory):
-        library = remote.connect(memory)
+        library = remote.connect(memory, options=["-cpu", request.param])
+        library.isas = PROCESSORS[request.param]
         yield library
         library.close()
 
@@ -42,11 +47,16 @@ def bits(t: Tensor) -> Tensor:
 def assert_same(arm: remote.Library, make: Callable[[], Results]) -> None:
     with remote.using(native.library(), "portable"):
         expected = make()
-    for isa in ("portable", "neon"):
+    for isa in arm.isas:
         with remote.using(arm, isa):
             got = make()
         for name, value in expected.items():
             assert torch.equal(bits(got[name]), bits(value)), f"{name}, {isa}"
+
+
+def test_processor_has_its_instruction_sets(arm: remote.Library) -> None:
+    assert tuple(isa for isa, number in native.ISAS.items() if arm.lora_ops_supports_isa(number)) == arm.isas
+    assert arm.lora_ops_get_isa() == native.ISAS[arm.isas[-1]]
 
 
 def values(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

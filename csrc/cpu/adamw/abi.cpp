@@ -11,7 +11,7 @@
 namespace lora_ops {
 
 AdamwKernel adamw_kernel() {
-    return for_current_isa<kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw, kNeonAdamw>();
+    return for_current_isa<kPortableAdamw, kAvx2Adamw, kAvx512Adamw, kAvx512Bf16Adamw, kNeonAdamw, kNeonAdamw>();
 }
 
 bool is_valid(const lora_ops_adamw_slice& s, int64_t rows) {

@@ -13,7 +13,7 @@ namespace {
 
 const Blockwise8Kernels& kernels() {
     return for_current_isa<kPortableBlockwise8, kAvx2Blockwise8, kAvx512Blockwise8, kAvx512Bf16Blockwise8,
-                           kNeonBlockwise8>();
+                           kNeonBlockwise8, kNeonBlockwise8>();
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ struct GemmRoute {
 extern const GemmRoute kPortableDots, kPortablePanels;
 extern const GemmRoute kAvx2RegisterDots, kAvx2Dots, kAvx2Panels;
 extern const GemmRoute kAvx512RegisterDots, kAvx512Dots, kAvx512Panels;
-extern const GemmRoute kNeonDots, kNeonPanels;
+extern const GemmRoute kNeonDots, kNeonPanels, kNeonBf16Panels;
 extern const GemmRoute kBf16RegisterDots, kBf16RaggedDots, kBf16WideDots, kBf16Panels;
 
 // Runs it on the instruction set in use; a lora_ops_status.

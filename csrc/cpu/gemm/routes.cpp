@@ -24,12 +24,13 @@ constexpr Routes kAvx2 = {}, kAvx512 = {}, kAvx512Bf16 = {};  // never in use
 #endif
 #if defined(LORA_OPS_ARM64)
 constexpr Routes kNeon = {&kNeonDots, &kNeonPanels};
+constexpr Routes kNeonBf16 = {&kNeonDots, &kNeonBf16Panels, &kNeonPanels};
 #else
-constexpr Routes kNeon = {};
+constexpr Routes kNeon = {}, kNeonBf16 = {};
 #endif
 
 const GemmRoute& route_of(const Gemm& g) {
-    const Routes& routes = for_current_isa<kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon>();
+    const Routes& routes = for_current_isa<kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon, kNeonBf16>();
     return **std::find_if(routes.begin(), routes.end(), [&](const GemmRoute* route) { return route->serves(g); });
 }
 

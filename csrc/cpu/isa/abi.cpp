@@ -5,12 +5,31 @@
 
 #if defined(LORA_OPS_X86)
 #include <cpuid.h>
+#elif defined(LORA_OPS_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(LORA_OPS_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace lora_ops {
 namespace {
 
 std::atomic<int> forced_isa{LORA_OPS_ISA_AUTO};
+
+#if defined(LORA_OPS_ARM64)
+bool arm_has_bf16() {
+#if defined(__linux__)
+    constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // older headers do not name it
+    return getauxval(AT_HWCAP2) & kHwcap2Bf16;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool machine_has(int isa) {
     if (isa == LORA_OPS_ISA_PORTABLE) return true;
@@ -28,6 +47,7 @@ bool machine_has(int isa) {
     }
 #elif defined(LORA_OPS_ARM64)
     if (isa == LORA_OPS_ISA_NEON) return true;
+    if (isa == LORA_OPS_ISA_NEON_BF16) return arm_has_bf16();
 #endif
     return false;
 }
@@ -36,6 +56,7 @@ int best_isa() {
     static const int best = machine_has(LORA_OPS_ISA_AVX512_BF16) ? LORA_OPS_ISA_AVX512_BF16
                             : machine_has(LORA_OPS_ISA_AVX512)    ? LORA_OPS_ISA_AVX512
                             : machine_has(LORA_OPS_ISA_AVX2)      ? LORA_OPS_ISA_AVX2
+                            : machine_has(LORA_OPS_ISA_NEON_BF16) ? LORA_OPS_ISA_NEON_BF16
                             : machine_has(LORA_OPS_ISA_NEON)      ? LORA_OPS_ISA_NEON
                                                                   : LORA_OPS_ISA_PORTABLE;
     return best;

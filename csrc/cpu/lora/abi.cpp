@@ -13,7 +13,7 @@ namespace lora_ops {
 namespace {
 
 const LoraKernels& kernels() {
-    return for_current_isa<kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora, kNeonLora>();
+    return for_current_isa<kPortableLora, kAvx2Lora, kAvx512Lora, kAvx512Bf16Lora, kNeonLora, kNeonLora>();
 }
 
 bool is_valid(const lora_ops_adapter* adapter) {

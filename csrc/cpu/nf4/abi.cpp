@@ -11,7 +11,7 @@
 namespace lora_ops {
 namespace {
 
-const NF4Kernels& kernels() { return for_current_isa<kPortableNF4, kAvx2NF4, kAvx512NF4, kAvx512NF4, kNeonNF4>(); }
+const NF4Kernels& kernels() { return for_current_isa<kPortableNF4, kAvx2NF4, kAvx512NF4, kAvx512NF4, kNeonNF4, kNeonNF4>(); }
 
 }  // namespace
 }  // namespace lora_ops

@@ -15,7 +15,7 @@ void Checksum::add(const void* bytes, int64_t n) {
     const char* const data = static_cast<const char*>(bytes);
     const ChecksumRows add_rows =
         for_current_isa<kPortableChecksumRows, kAvx2ChecksumRows, kAvx512ChecksumRows, kAvx512ChecksumRows,
-                        kPortableChecksumRows>();
+                        kPortableChecksumRows, kPortableChecksumRows>();
     const int64_t whole = n / kChecksumRow * kChecksumRow;
     add_rows(lanes_, data, whole / kChecksumRow);
     if (whole < n) {

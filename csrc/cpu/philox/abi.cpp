@@ -11,7 +11,7 @@ int lora_ops_dropout_mask(uint64_t seed, uint32_t offset, uint32_t threshold, in
     if (rows == 0 || k == 0) return LORA_OPS_OK;
     if (!bits) return LORA_OPS_BAD_ARGUMENT;
     const auto mask = for_current_isa<kPortableDropoutMask, kAvx2DropoutMask, kAvx512DropoutMask, kAvx512DropoutMask,
-                                      kNeonDropoutMask>();
+                                      kNeonDropoutMask, kNeonDropoutMask>();
     mask(seed, offset, threshold, first_row, rows, k, bits);
     return LORA_OPS_OK;
 }

@@ -240,7 +240,7 @@ int main(int argc, char** argv) {
     const double budget = argc > 1 ? atof(argv[1]) : 60.0;
     Random random(argc > 2 ? strtoull(argv[2], nullptr, 10) : 1);
     std::vector<int> isas;
-    for (int isa = LORA_OPS_ISA_PORTABLE; isa <= LORA_OPS_ISA_NEON; ++isa) {
+    for (int isa = LORA_OPS_ISA_PORTABLE; isa <= LORA_OPS_ISA_NEON_BF16; ++isa) {
         if (lora_ops_supports_isa(isa)) isas.push_back(isa);
     }
     for (const double end = seconds() + budget; seconds() < end;) {
