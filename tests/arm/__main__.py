@@ -15,7 +15,8 @@ SAME_BITS = ["tests/arm"]
 ON_ARM = [
     *(f"tests/csrc/test_native_{name}.py" for name in ("nf4", "nf4_gemm", "lora", "blockwise8")),
     *(f"tests/quant/test_{name}.py" for name in ("nf4_codec", "nf4_linear", "blockwise8")),
-    *("tests/kernels/test_lora_linear.py", "tests/kernels/test_adamw.py", "tests/paging/test_checksum.py"),
+    *(f"tests/kernels/test_{name}.py" for name in ("lora_linear", "frozen_linear", "adamw")),
+    "tests/paging/test_checksum.py",
 ]
 
 

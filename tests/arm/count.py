@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_ops.kernels.adamw import native_abi as adamw_abi
 from lora_ops.kernels.lora_linear import native_abi as lora_abi
 from lora_ops.paging import native_abi as pages_abi
+from lora_ops.quant import native_abi as weight_abi
 from lora_ops.quant.blockwise8 import native_impl as blockwise8
 from lora_ops.quant.blockwise8.reference import dynamic_map
 from lora_ops.quant.nf4 import native_abi as nf4_abi
@@ -46,15 +47,15 @@ def codec() -> Iterator[Case]:
 
 def products() -> Iterator[Case]:
     packed, absmax = torch.zeros(SIDE * SIDE // 2, dtype=torch.uint8), torch.ones(SIDE * SIDE // 64)
-    weight = nf4_abi.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=64)
+    weight = weight_abi.WeightView(nf4=nf4_abi.NF4Weight(packed.data_ptr(), absmax.data_ptr(), block_size=64))
     a, b = torch.randn(RANK, SIDE), torch.randn(SIDE, RANK)
     adapter = lora_abi.adapter_view(a, b, 1.0, 3277, 1)
     for dtype, name in NAMES.items():
         for m in (1, 64):
             x, y = torch.randn(m, SIDE).to(dtype), torch.zeros(m, SIDE, dtype=dtype)
             work = m * SIDE * SIDE
-            yield f"NF4 product, {name}, M = {m}, a multiply-add", work, partial(nf4_abi.linear, weight, x, None, y)
-            yield f"its dX, {name}, M = {m}, a multiply-add", work, partial(nf4_abi.linear_dx, weight, x, y)
+            yield f"NF4 product, {name}, M = {m}, a multiply-add", work, partial(weight_abi.linear, weight, x, None, y)
+            yield f"its dX, {name}, M = {m}, a multiply-add", work, partial(weight_abi.linear_dx, weight, x, y)
         s, da, db = torch.zeros(m, RANK), torch.zeros_like(a), torch.zeros_like(b)
         work = 2 * m * SIDE * RANK
         yield f"low-rank forward, {name}, M = {m}, a multiply-add", work, partial(lora_abi.forward, adapter, x, s, y)
