@@ -15,8 +15,8 @@ from lora_ops.runtime.checks import dtype_name
 logger = logging.getLogger("lora_ops")
 
 SLOW_16BIT_REMEDY = (
-    "load the model with dtype=torch.float32; not concerned are LoRA layers, NF4 weights and, after inject, frozen linear "
-    "layers and attention"
+    "load the model with dtype=torch.float32; not concerned are LoRA layers, NF4 weights and, after inject, frozen "
+    "linear layers and attention"
 )
 DTYPES_16BIT = (torch.bfloat16, torch.float16)
 _NAMES_TOLD = 3
