@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import POINTER, Structure, byref, c_int, c_int64, c_void_p
 
 import torch
@@ -27,6 +28,10 @@ _LINEAR_DX = native.Function(
 _TAKES_DENSE = native.Function("takes_dense", c_int)
 
 
+# A layer's structure is the same in every call.
+_same_view = functools.lru_cache(maxsize=1024)(WeightView)
+
+
 def nf4_view(q: NF4Tensor) -> WeightView:
     """The C view of an NF4 weight, valid while it lives."""
     nf4 = weight_of(q)
@@ -38,7 +43,7 @@ def nf4_view(q: NF4Tensor) -> WeightView:
 def dense_view(weight: Tensor) -> WeightView:
     """The C view of a dense weight [N, K] with unit stride along K, or along N as a Conv1D's has."""
     by_rows = weight.stride(1) == 1
-    return WeightView(weight.data_ptr(), weight.stride(0 if by_rows else 1), not by_rows)
+    return _same_view(weight.data_ptr(), weight.stride(0 if by_rows else 1), not by_rows)
 
 
 def weight_view(weight: Tensor | NF4Tensor) -> WeightView | None:

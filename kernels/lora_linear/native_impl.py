@@ -1,6 +1,6 @@
 """Linear layer with a low-rank update on the CPU, in C++: csrc/cpu/lora and gemm.
 
-A dense W in float32 is multiplied by torch, as is one of 16 bits where torch has a fast product of the dtype. With
+A dense W is multiplied by torch where torch has a fast product of the dtype (`takes_dense`). With
 bfloat16 on AVX-512-BF16 the low-rank term is R more terms of the same sums. Elsewhere it is added row by row, in
 float32, to a product that was rounded before. The backward reads dY once for dS, dB and db, and x once for dA, besides
 the product with W. The formulas are those of reference.py.

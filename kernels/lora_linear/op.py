@@ -180,7 +180,7 @@ def lora_linear(
 
     Returns:
         [..., N] in the dtype of x, or in that of autocast. Repeated calls give the same bits; on the CPU so does any
-        number of threads, except over dense weights that torch multiplies: of 32 and 64 bits, on some CPUs of 16.
+        number of threads, except over dense weights that torch multiplies: of 64 bits, and on some CPUs of 16 or 32.
 
     Raises:
         TypeError, ValueError: if a dtype, shape or device does not fit, or if weight, scale or seed wants a gradient.

@@ -47,8 +47,8 @@ def inject(
     references stay what they are, and a second call changes nothing. bitsandbytes 4-bit (nf4) base layers become
     NF4Linear over the same bytes. What is not plain LoRA over a linear layer keeps PEFT's math; `injection_report` says
     which layers and why. The adapter is saved, loaded, merged and switched as with PEFT alone. On a CPU
-    that torch is slow on in the model's 16-bit dtype, its other frozen linear layers run on `frozen_linear`, and
-    attention in float32.
+    where torch's products of a dtype are slow, frozen linear layers without an adapter run on `frozen_linear`, and
+    attention of 16-bit models in float32.
 
     Args:
         model: a transformers model, any nn.Module, or a PeftModel with LoRA adapters.

@@ -1,4 +1,4 @@
-"""Linear layers without adapters on `frozen_linear`, where this CPU needs it: 16-bit weights that torch is slow with.
+"""Frozen linear layers on `frozen_linear`, where torch's product of their dtype is slow on this CPU.
 
 As with adapters, `adopt` assigns `module.__class__` and `abandon` assigns it back: names, Parameters and hooks stay.
 Imports transformers: imported only when `inject` is called.
@@ -60,7 +60,7 @@ def _serves(layer: Any, x: Tensor) -> bool:
 
 
 def adopt(model: nn.Module) -> None:
-    """Put the linear layers whose frozen weights torch multiplies slowly here on `frozen_linear`, in place."""
+    """Put the linear layers whose frozen weights lora_ops multiplies faster than torch on `frozen_linear`, in place."""
     if not native.available():
         return
     for module in model.modules():

@@ -52,7 +52,7 @@ class InjectionReport(list[LayerReport]):
 
     Attributes:
         weights: what the whole model takes, and what of it is dense and why.
-        frozen: names of layers without a row that run on `frozen_linear`, since torch is slow with them on this CPU.
+        frozen: names of layers without a row that run on `frozen_linear`, where torch is slower on this CPU.
     """
 
     def __init__(

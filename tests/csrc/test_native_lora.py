@@ -209,10 +209,10 @@ def test_few_rows_with_the_weight(isa: str, m: int, weight: str, dtype: torch.dt
 def test_dense_weights_are_multiplied_where_torch_is_slow(isa: str, dtype: torch.dtype, transposed: bool) -> None:
     """By the op, too: not one product with W is left to torch."""
     features = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fast = "amx_bf16" in features if dtype == torch.bfloat16 else "avx512_fp16" in features
+    fast = {torch.float32: "", torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}[dtype] in features.split()
     w = torch.randn(32, 48).to(dtype).T if transposed else torch.randn(48, 32).to(dtype)
     # How fast torch is on ARM is not known.
-    taken = dtype != torch.float32 and isa not in ("portable", "neon", "neon_bf16") and not fast
+    taken = isa not in ("portable", "neon", "neon_bf16") and not fast
     assert weight_abi.takes_dense(w) == taken
     assert not weight_abi.takes_dense(torch.randn(48, 64).to(dtype)[:, ::2]), (
         "neither rows nor columns follow each other"

@@ -12,13 +12,13 @@ namespace lora_ops {
 namespace {
 
 // The first that serves a product takes it; the last serves all.
-using Routes = std::array<const GemmRoute*, 7>;
+using Routes = std::array<const GemmRoute*, 8>;
 constexpr Routes kPortable = {&kPortableDots, &kPortablePanels};
 #if defined(LORA_OPS_X86)
-constexpr Routes kAvx2 = {&kAvx2RegisterDots, &kAvx2Dots, &kAvx2Panels};
-constexpr Routes kAvx512 = {&kAvx512RegisterDots, &kAvx512Dots, &kAvx512Panels};
-constexpr Routes kAvx512Bf16 = {&kBf16RegisterDots,   &kBf16RaggedDots, &kBf16WideDots, &kBf16Panels,
-                                &kAvx512RegisterDots, &kAvx512Dots,     &kAvx512Panels};
+constexpr Routes kAvx2 = {&kAvx2RegisterDots, &kAvx2Dots, &kAvx2RowSums, &kAvx2Panels};
+constexpr Routes kAvx512 = {&kAvx512RegisterDots, &kAvx512Dots, &kAvx512RowSums, &kAvx512Panels};
+constexpr Routes kAvx512Bf16 = {&kBf16RegisterDots,   &kBf16RaggedDots, &kBf16WideDots,  &kBf16Panels,
+                                &kAvx512RegisterDots, &kAvx512Dots,     &kAvx512RowSums, &kAvx512Panels};
 #else
 constexpr Routes kAvx2 = {}, kAvx512 = {}, kAvx512Bf16 = {};  // never in use
 #endif
