@@ -83,9 +83,9 @@ _dx.not_differentiable()
 def frozen_linear(x: Tensor, weight: Tensor | FrozenTensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer over a frozen weight, in the fastest way that this machine has: y = x Wᵀ + b.
 
-    F.linear on a GPU, and `nf4_linear` over an NF4Tensor. On the CPU lora_ops multiplies itself wherever torch has no fast
-    product of the dtype: 16 bits without AVX-512 take a hundredth of torch's time. Differentiable in x and bias; x is not
-    saved for the backward. Under autocast x, W and bias are cast as F.linear casts them.
+    F.linear on a GPU, and `nf4_linear` over an NF4Tensor. On the CPU lora_ops multiplies itself wherever torch has no
+    fast product of the dtype: 16 bits without AVX-512 take a hundredth of torch's time. Differentiable in x and bias; x
+    is not saved for the backward. Under autocast x, W and bias are cast as F.linear casts them.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64.
