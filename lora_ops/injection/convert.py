@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lora_ops.formats import bitsandbytes as layout
-from lora_ops.injection import dense, protect
+from lora_ops.injection import dense, frozen_layers, protect
 from lora_ops.nn import NF4Linear, is_conv1d
 from lora_ops.quant.nf4 import NF4Tensor
 
@@ -124,16 +124,13 @@ def _share(quantized: NF4Linear, linear: Any) -> NF4Linear:
 def _quantizable(root: nn.Module, reasons: Mapping[nn.Parameter, Any]) -> list[tuple[str, Any, list[tuple[Any, str]]]]:
     """The dense linear layers that quantize="nf4" takes, with their names and the places where they stand."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    inside: set[nn.Module] = set()  # parts of adapters, and of modules that are trained whole
+    inside = set(frozen_layers.adapters(root))  # and parts of modules that are trained whole
     for module in root.modules():
         for attribute, child in module._modules.items():
             if child is not None:
                 places.setdefault(child, []).append((module, attribute))
         if dense.is_trained_whole(module):
             inside.update(module.modules())
-        for name in getattr(module, "adapter_layer_names", ()):
-            if isinstance(part := getattr(module, name, None), nn.Module):
-                inside.update(part.modules())
     return [
         (name.removesuffix(".base_layer"), module, places[module])
         for name, module in root.named_modules()

@@ -6,6 +6,7 @@ Imports transformers: imported only when `inject` is called.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,9 +64,18 @@ def adopt(model: nn.Module) -> None:
     """Put the linear layers whose frozen weights lora_ops multiplies faster than torch on `frozen_linear`, in place."""
     if not native.available():
         return
+    parts = set(adapters(model))  # frozen ones too: their layers' own op multiplies with them
     for module in model.modules():
-        if type(module) in _OURS and _is_slow(module):
+        if type(module) in _OURS and module not in parts and _is_slow(module):
             module.__class__ = _OURS[type(module)]
+
+
+def adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are parts of adapters."""
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            if isinstance(part := getattr(module, name, None), nn.Module):
+                yield from part.modules()
 
 
 def _is_slow(layer: Any) -> bool:

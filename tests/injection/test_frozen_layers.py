@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -126,6 +128,16 @@ def test_a_dense_model_may_become_nf4_later() -> None:
     with lora_ops.trace() as t:
         step(model)
     assert {c.op for c in t.calls if "frozen" in c.op} == {"frozen_linear", "frozen_linear_dx"}  # the output head
+
+
+def test_a_frozen_adapter_stays_fused(tmp_path: Path) -> None:
+    """As PEFT loads one for inference."""
+    lora_ops.inject(models.llama(dtype=torch.bfloat16), r=2).save_pretrained(tmp_path)
+    model = lora_ops.inject(PeftModel.from_pretrained(models.llama(dtype=torch.bfloat16), tmp_path))
+    assert not any(p.requires_grad for p in model.parameters())
+    report = lora_ops.injection_report(model)
+    assert not report.unfused
+    assert report.frozen == ("base_model.model.lm_head",)
 
 
 def test_a_weight_that_is_trained_later_gets_its_gradient() -> None:

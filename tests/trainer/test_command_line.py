@@ -173,8 +173,10 @@ def test_no_arguments_are_read_from_a_file_beside_the_program(
 def test_bf16_that_is_slow_here_is_said_once(
     full: bool, sft_main: Main, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    from lora_ops.quant import native_abi
     from lora_ops.runtime import machine
 
+    monkeypatch.setattr(native_abi, "takes_dense", lambda weight: False)
     monkeypatch.setattr(machine, "slow_16bit_reason", lambda *_: "products take 99 times as long here")
     monkeypatch.setattr(machine, "_told", set())
     kind = {"full": True, "quantize": "none"} if full else {}
