@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
 from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
-from lora_ops.runtime import backends, dispatch, native
+from lora_ops.kernels.lora_linear.operands import Adapter
+from lora_ops.runtime import backends, dispatch, native, triton_launch
+from lora_ops.runtime.backends import BackendError
+from lora_ops.runtime.dispatch import OPS
 from lora_ops.runtime.plain_call import is_plain_call
 
 
@@ -194,18 +198,65 @@ def test_without_a_native_library_everything_works_and_says_so() -> None:
     assert "native library was not built" in done.stderr
 
 
-def test_triton_declines_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codecs, too: Triton itself compiles for capability 8.0 and later only."""
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """A GPU of this compute capability, as far as Triton's launches ask."""
+
+    def has(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+        triton_launch._capability_of.cache_clear()
+
+    yield has
+    triton_launch._capability_of.cache_clear()
+
+
+def test_triton_declines_old_gpus(gpu_of: Callable[[int, int], None]) -> None:
+    """Before 7.5 everything; at 7.5 products in bfloat16, which have no instruction there, and nothing else."""
     pytest.importorskip("triton")
     from lora_ops.quant.blockwise8 import triton_impl as blockwise8
     from lora_ops.quant.nf4.codec import triton_impl as codec
     from lora_ops.quant.nf4.linear import triton_impl as linear
 
+    def reasons(dtype: torch.dtype) -> dict[str, str | None]:
+        with FakeTensorMode():
+            x = torch.empty(64, 64, device="cuda:0", dtype=dtype)
+        return {
+            "quantize_nf4": codec.declines("quantize_nf4", x, w=x, block_size=64),
+            "dequantize_nf4": codec.declines("dequantize_nf4", x, q=x, dtype=dtype),
+            "quantize_blockwise8": blockwise8.declines("quantize_blockwise8", x, x=x, block_size=64, signed=True),
+            "nf4_linear": linear.declines("nf4_linear", x, x=x, q=None, bias=None),
+        }
+
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for dtype in dtypes:
+        gpu_of(7, 0)
+        old = "triton kernels need compute capability 7.5, this GPU has 7.0"
+        assert set(reasons(dtype).values()) == {old}
+        gpu_of(8, 0)
+        assert set(reasons(dtype).values()) == {None}
+    gpu_of(7, 5)
+    for dtype in dtypes[:2]:
+        assert set(reasons(dtype).values()) == {None}
+    found = reasons(torch.bfloat16)
+    assert "bfloat16 need compute capability 8.0, this GPU has 7.5: load the model with" in (
+        found.pop("nf4_linear") or ""
+    )
+    assert set(found.values()) == {None}
+
+
+def test_triton_declines_bfloat16_on_a_t4_by_name(gpu_of: Callable[[int, int], None]) -> None:
+    """The op, the dtype, what the GPU has, and what to do: of every op that multiplies."""
+    pytest.importorskip("triton")
+    gpu_of(7, 5)
     with FakeTensorMode():
-        x = torch.empty(64, 64, device="cuda:0")
-    for capability, reason in (((7, 5), "triton kernels need compute capability 8.0"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert codec.declines("quantize_nf4", x, w=x, block_size=64) == reason
-        assert codec.declines("dequantize_nf4", x, q=x, dtype=torch.bfloat16) == reason
-        assert blockwise8.declines("quantize_blockwise8", x, x=x, block_size=64, signed=True) == reason
-        assert linear.declines("nf4_linear", x, x=x, q=None, bias=None) == reason
+        x, w = (torch.empty(64, 64, device="cuda:0", dtype=torch.bfloat16) for _ in range(2))
+        a, b = torch.empty(8, 64, device="cuda:0"), torch.empty(64, 8, device="cuda:0")
+        adapter = Adapter(a, b, torch.tensor(1.0), 0.0, None)
+    operands = {"weight": w, "adapter": adapter, "bias": None}
+    for op in ("lora_linear", "lora_linear_backward"):
+        with (
+            lora_ops.use_backend("triton"),
+            pytest.raises(BackendError, match=rf"{op}: .*bfloat16 .* 8\.0, this GPU has 7\.5: load .*float16"),
+        ):
+            OPS[op].choose(x, operands)
+        assert OPS[op].choose(x.half(), operands)[0] == "triton"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_ops.kernels.lora_linear.triton_skinny import Dropout, scalar
 from lora_ops.kernels.philox.triton_impl import keep_mask
-from lora_ops.runtime.triton_launch import launch
+from lora_ops.runtime.triton_launch import launch, on_fma_units
 
 # Ranks of one step, whose operands stand in registers: the smallest that a matrix instruction takes.
 BLOCK_R = 16
@@ -40,7 +40,7 @@ class Tile:
 
 # Bandwidth-bound: 64 accumulator registers a thread, many programs.
 EXPAND_16BIT = Tile(64, 128, 0, 4, 1)
-EXPAND_32BIT = Tile(32, 32, 0, 4, 1)
+EXPAND_FMA = Tile(32, 32, 0, 4, 1)
 EXPAND_RAGGED = Tile(64, 64, 0, 4, 1)  # with 128 columns Triton 3.6 spills 8 bytes on sm_100
 # (128 · 64 + 64 · 128) · 2 bytes = 32 KB a stage: 3 stages fit the 99 KB of sm_89 and sm_120.
 GEMM = Tile(128, 128, 64, 8, 3)
@@ -152,7 +152,7 @@ def expand(
         [M, N].
     """
     (m, r), n = s.shape, lora_b.shape[0]
-    tile = EXPAND_32BIT if dtype == torch.float32 else EXPAND_16BIT if n % 16 == 0 else EXPAND_RAGGED
+    tile = EXPAND_FMA if on_fma_units(s.device, dtype) else EXPAND_16BIT if n % 16 == 0 else EXPAND_RAGGED
     y = torch.empty(m, n, dtype=dtype, device=s.device)
     launch(
         _expand_kernel, (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n)),
@@ -171,7 +171,7 @@ def lora_gemm(
     """x Wᵀ + scale · D ∘ (S Bᵀ) + b in x's dtype, rounded once.
 
     Args:
-        x: [M, K] of 16 bits with unit stride along K (float32 has no matrix instruction of its accuracy: expand).
+        x: [M, K] with unit stride along K, of a dtype that has matrix instructions here (others: expand).
         w: [N, K], any strides.
         s, lora_b, bias: as `expand` takes them.
 

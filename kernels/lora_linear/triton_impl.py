@@ -40,6 +40,7 @@ from lora_ops.quant.nf4.linear import triton_impl as nf4_linear
 from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import crossovers
 from lora_ops.runtime.dispatch import as_output
+from lora_ops.runtime.triton_launch import on_fma_units
 
 MAX_RANK = 256  # the widest accumulator of a skinny kernel
 # Elements of an adapter, whose offsets are 32-bit: with 64 bits a fifth of the kernels takes more registers, up to 85.
@@ -78,7 +79,7 @@ def lora_linear_backward(
     sum_dtype = dy.dtype if needs.bias else None
     if needs.lora_b and s is not None:
         s2 = nf4_linear.as_rows(s).contiguous()
-        if (needs.x or needs.lora_a) and reads_once(dy.dtype, lora_b.shape[1]):
+        if (needs.x or needs.lora_a) and reads_once(dy, lora_b.shape[1]):
             ds, dlora_b, dbias = reduce_both(dy2, lora_b, s2, scale, b_dtype, sum_dtype=sum_dtype)
         else:
             dlora_b, dbias = reduce_columns(dy2, s2, NO_DROPOUT, scale, b_dtype, rank_first=False, sum_dtype=sum_dtype)
@@ -108,7 +109,7 @@ def _with_base(
     """x W + scale · D ∘ (S Bᵀ) + b, with Wᵀ in the place of W if transposed; s [M, R], lora_b [columns, R]."""
     if isinstance(weight, Tensor):
         w = weight if transposed else weight.T
-        if x.dtype != torch.float32 and x.shape[0] >= crossovers(x.device).kstep_min_m:
+        if not on_fma_units(x.device, x.dtype) and x.shape[0] >= crossovers(x.device).kstep_min_m:
             return lora_gemm(x, w, s, lora_b, bias, scale, dropout)
         return expand(s, lora_b, bias, scale, dropout, x.dtype).addmm_(x, w.T)
     y = expand(s, lora_b, bias, scale, dropout, x.dtype)
@@ -131,7 +132,9 @@ def declines(op: str, lead: Tensor, *, weight: Tensor | FrozenTensor, adapter: A
     for name, t in (("lora_a", adapter.lora_a), ("lora_b", adapter.lora_b)):
         if t.numel() > MAX_ADAPTER:
             return f"{name}: lora_linear's Triton kernels take up to 2^31 elements, not {tuple(t.shape)}"
-    return declines_format(weight, "nf4", backend="triton") or triton_launch.declines(lead.device, lead.dtype)
+    return declines_format(weight, "nf4", backend="triton") or triton_launch.declines(
+        lead.device, lead.dtype, products=True
+    )
 
 
 IMPLS: dict[str, Callable] = {"lora_linear": lora_linear, "lora_linear_backward": lora_linear_backward}

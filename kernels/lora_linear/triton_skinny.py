@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_ops.kernels.philox import keep_scale, threshold
 from lora_ops.kernels.philox.triton_impl import keep_mask
 from lora_ops.runtime.dispatch import as_output
-from lora_ops.runtime.triton_launch import launch
+from lora_ops.runtime.triton_launch import launch, on_fma_units
 
 # Programs that a launch aims at when it splits a sum: about one an SM of an H100/H200 (132), and the same number on
 # every chip, so that results do not depend on the chip.
@@ -97,27 +97,27 @@ BOTH_RAGGED = {
     16: Tile(32, 64, 4, 2),
     32: Tile(16, 128, 4, 3),
 }
-# float32 products run on the plain FMA units (no TF32: it would not keep float32's accuracy), which hold a step of both
-# operands in registers: steps of 16. They are compute-bound from R = 16 on, so a second read of dY costs nothing.
-ROWS_32BIT = {
+# Plain FMA units (triton_launch.on_fma_units), which hold a step of both operands in registers: steps of 16. They are
+# compute-bound from R = 16 on, so a second read of dY costs nothing.
+ROWS_FMA = {
     **dict.fromkeys((16, 32, 64), Tile(32, 16, 4, 2)),
     128: Tile(16, 16, 4, 2),
     256: Tile(8, 16, 8, 2),
 }
-COLUMNS_32BIT = {
+COLUMNS_FMA = {
     **dict.fromkeys((16, 32, 64), Tile(16, 32, 4, 2)),
     128: Tile(16, 16, 8, 2),
     256: Tile(16, 16, 8, 1),
 }
 
 
-def reads_once(dtype: torch.dtype, r: int) -> bool:
+def reads_once(dy: Tensor, r: int) -> bool:
     """Whether `reduce_both` serves; else `reduce_rows` and `reduce_columns` read the activation once each.
 
     It pays up to rank 32: partial sums take R · 8 · (1 / block_k + 1 / rows of a split) bytes an element, within L2 as
     long as they are young, the second read 2 bytes from DRAM. Above, the tile of B no longer fits the registers.
     """
-    return dtype != torch.float32 and padded_rank(r) in BOTH_16BIT
+    return not on_fma_units(dy.device, dy.dtype) and padded_rank(r) in BOTH_16BIT
 
 
 def padded_rank(r: int) -> int:
@@ -310,12 +310,12 @@ def _ragged(x: Tensor) -> bool:
     return x.shape[1] % 16 != 0 or x.stride(0) % 16 != 0
 
 
-def _tile(table_16bit: Tiles, table_odd: Tiles, table_ragged: Tiles, table_32bit: Tiles, x: Tensor, r: int) -> Tile:
+def _tile(table_16bit: Tiles, table_odd: Tiles, table_ragged: Tiles, table_fma: Tiles, x: Tensor, r: int) -> Tile:
     table = table_odd if r % 16 else table_16bit
     if _ragged(x):
         table = table_ragged
-    if x.dtype == torch.float32:
-        table = table_32bit
+    if on_fma_units(x.device, x.dtype):
+        table = table_fma
     return table[padded_rank(r)]
 
 
@@ -354,7 +354,7 @@ def reduce_rows(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
         [M, R].
     """
     (m, k), r = x.shape, lora_a.shape[0]
-    tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_RAGGED, ROWS_32BIT, x, r)
+    tile = _tile(ROWS_16BIT, ROWS_ODD, ROWS_RAGGED, ROWS_FMA, x, r)
     blocks = triton.cdiv(m, tile.block_m)
     per_split, splits = _per_split(k, tile.block_k, blocks)
     partial = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
@@ -382,7 +382,7 @@ def reduce_columns(
         dA and the sum [K], or None.
     """
     (m, k), r = x.shape, ds.shape[1]
-    tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_RAGGED, COLUMNS_32BIT, x, r)
+    tile = _tile(COLUMNS_16BIT, COLUMNS_ODD, COLUMNS_RAGGED, COLUMNS_FMA, x, r)
     blocks = triton.cdiv(k, tile.block_k)
     per_split, splits = _per_split(m, tile.block_m, blocks)
     partial = torch.empty(splits, *((r, k) if rank_first else (k, r)), dtype=torch.float32, device=x.device)
@@ -405,7 +405,7 @@ def reduce_both(
     """ds = dY B in float32, dB = scale · dYᵀ S in `dtype`, and Σ_m dY in sum_dtype if that is given: one read of dY.
 
     Args:
-        dy: [M, N] with unit stride along N; `reads_once(dy.dtype, R)`.
+        dy: [M, N] with unit stride along N; `reads_once(dy, R)`.
         lora_b: [N, R], any strides; rounded to dy's dtype as an operand.
         s: [M, R], float32, contiguous; rounded to dy's dtype as an operand.
 

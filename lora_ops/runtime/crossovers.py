@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from lora_ops.runtime.triton_launch import on_fma_units
+
 
 @dataclass(frozen=True)
 class Crossovers:
@@ -37,6 +39,9 @@ class Crossovers:
 
 
 DEFAULT = Crossovers()
+# Where 16-bit products run on FMA units (compute capability 7.5). A T4 decodes W to a temporary in 14 ps a weight, by
+# its bytes at 320 GB/s; a GEMM on FMA units at half of 8.1 TFLOP/s takes as long for 28 tokens. Arithmetic, unmeasured.
+DEFAULT_ON_FMA_UNITS = Crossovers(nf4_gemm_max_m=32)
 # By the name that torch.cuda.get_device_name gives. Nothing has been measured yet.
 MEASURED: dict[str, Crossovers] = {}
 
@@ -46,6 +51,8 @@ _forced: list[dict[str, int]] = []
 def crossovers(device: torch.device) -> Crossovers:
     """The table's entry for a device, after what `force` says."""
     entry = of(torch.cuda.get_device_name(device)) if device.type == "cuda" else DEFAULT
+    if entry is DEFAULT and on_fma_units(device, torch.float16):
+        entry = DEFAULT_ON_FMA_UNITS
     for changes in _forced:
         entry = replace(entry, **changes)
     return entry

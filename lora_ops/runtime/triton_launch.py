@@ -6,6 +6,7 @@ Every launcher calls `launch(kernel, grid, ...)`. While `record_launches()` is o
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ import torch
 from lora_ops.runtime.checks import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITY = (8, 0)  # Triton's own limit; bf16 matrix instructions, asynchronous copies
+# Of NVIDIA GPUs. What Triton compiles for 7.5 (T4, RTX 20) is right and has no matrix instructions: products run on the
+# plain FMA units, in float16 as in float32. From 8.0 on it uses them, and the chip has those of bfloat16.
+MIN_CAPABILITY, MATRIX_CAPABILITY = (7, 5), (8, 0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Recorder:
 
 
 _recorders: list[Recorder] = []
+_pretended: list[tuple[int, int]] = []
 _under_way: list[Launch] = []  # what a kernel may touch, for the interpreter's checks
 
 
@@ -99,18 +103,61 @@ def known_options(meta: dict[str, Any], *, amd: bool) -> dict[str, Any]:
     return {name: value for name, value in meta.items() if name != "maxnreg"} if amd else meta
 
 
+def _dot(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def declines(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot take activations of this device and dtype, or None; for an op's `declines`."""
+@contextmanager
+def pretend_capability(capability: tuple[int, int]) -> Iterator[None]:
+    """Launch as on an NVIDIA GPU of this compute capability while the context is open: for tests/gpu_proof."""
+    _pretended.append(capability)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU its compute capability; of what is none, that of one which lacks nothing."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else MATRIX_CAPABILITY
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, or (8, 0) where there is no such thing."""
+    return _pretended[-1] if _pretended else _capability_of(device)
+
+
+def on_fma_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype run on the plain FMA units, with their operands in registers: small tiles.
+
+    float32 on every chip, since TF32 would not keep its accuracy; 16 bits on one without matrix instructions.
+    """
+    return dtype == torch.float32 or capability(device) < MATRIX_CAPABILITY
+
+
+def declines(device: torch.device, dtype: torch.dtype, *, products: bool = False) -> str | None:
+    """Why Triton kernels cannot take activations of this device and dtype, or None; for an op's `declines`.
+
+    Args:
+        products: the op multiplies matrices of this dtype.
+    """
     if dtype not in DTYPES:
         return f"triton kernels have no {dtype_name(dtype)}"
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if nvidia and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return "triton kernels need compute capability 8.0"
+    has = capability(device)
+    if has < MIN_CAPABILITY:
+        return f"triton kernels need compute capability {_dot(MIN_CAPABILITY)}, this GPU has {_dot(has)}"
+    if products and dtype == torch.bfloat16 and has < MATRIX_CAPABILITY:
+        return (
+            f"products in bfloat16 need compute capability {_dot(MATRIX_CAPABILITY)}, this GPU has {_dot(has)}: "
+            "load the model with dtype=torch.float16, or train with fp16=True"
+        )
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
     return f"triton kernels run on cuda, not on {device.type}"

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tests.gpu_proof import machine_code, registry, rules
 from tests.gpu_proof.expect import HMMA, Expect
-from tests.gpu_proof.machine_code import CHIPS, Chip
+from tests.gpu_proof.machine_code import MATRIX_CHIPS as CHIPS
+from tests.gpu_proof.machine_code import Chip
 from tests.gpu_proof.rules import Code
 
 ROOT = Path(__file__).parents[2]

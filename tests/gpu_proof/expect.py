@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ MMA: Mapping[str, str] = {
     "gfx942": "v_mfma",
 }
 HMMA: Mapping[str, str] = {**MMA, "sm_90": "HMMA", "sm_100": "HMMA"}  # tiles of fewer rows than wgmma's 64
+# The chips on which Triton multiplies 16 bits by matrix instructions, and the others: there products run on the plain
+# FMA units in small tiles, bfloat16 and the K-step route are not served.
+MATRIX, FMA = frozenset(MMA), frozenset({"sm_75"})
+ALL = MATRIX | FMA
 # `Expect.wide` where a matrix has an odd number of columns: its rows begin at any element, not every 16 bytes.
 ODD_ROWS = ""
 
@@ -49,12 +53,14 @@ class GateCase:
         expect: what the code must show; by kernel name where the call launches several kernels.
         huge: some tensor has more than 2^31 elements: the interpreter also checks every address that the first, middle
             and last programs touch.
+        chips: those on which the op launches this.
     """
 
     name: str
     call: Callable[[], Any]
     expect: Expect | Mapping[str, Expect] = Expect()
     huge: bool = False
+    chips: frozenset[str] = ALL
 
     def expects(self, kernel: str) -> Expect:
         return self.expect if isinstance(self.expect, Expect) else self.expect.get(kernel, Expect())
@@ -74,3 +80,10 @@ def meta_nf4(*shape: int, block_size: int = 64, nested: bool, dtype: torch.dtype
         return NF4Tensor(packed, meta(n_blocks), shape, dtype, block_size)
     absmax, groups = meta(n_blocks, dtype=torch.uint8), meta(-(-n_blocks // NESTED_BLOCK_SIZE))
     return NF4Tensor(packed, absmax, shape, dtype, block_size, groups, meta())
+
+
+def served(dtype: torch.dtype) -> Iterator[tuple[torch.dtype, frozenset[str], str]]:
+    """(dtype, chips, end of the name) for a case of products: what has none in bfloat16 gets it in float16."""
+    yield dtype, ALL if dtype == torch.float32 else MATRIX, ""
+    if dtype == torch.bfloat16:
+        yield torch.float16, FMA, " on FMA units"

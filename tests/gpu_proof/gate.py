@@ -76,8 +76,8 @@ def _rules() -> str:
 
 
 @functools.cache
-def _shipped(op: str) -> tuple[registry.Shipped, ...]:
-    return tuple(registry.shipped_by(op))
+def _shipped(op: str, chip: Chip) -> tuple[registry.Shipped, ...]:
+    return tuple(registry.shipped_by(op, chip))
 
 
 def tasks(ops: Iterable[str]) -> list[Task]:
@@ -85,7 +85,7 @@ def tasks(ops: Iterable[str]) -> list[Task]:
     found = []
     for op in ops:
         for chip in CHIPS:
-            for index, item in enumerate(_shipped(op)):
+            for index, item in enumerate(_shipped(op, chip)):
                 item.launch.kernel.device_caches.clear()  # a kernel that is compiled already has no fingerprint
                 parts = (machine_code.fingerprint(item.launch, chip), repr(chip), repr(item.expect), _rules())
                 key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
@@ -106,7 +106,7 @@ def _job(task: Task) -> Result:
     chip = next(chip for chip in CHIPS if chip.name == task.chip)
     if task.op == CUDA:
         return Result(*cuda_code.check(cuda_code.KERNELS[task.index], chip))
-    return check(_shipped(task.op)[task.index], chip)
+    return check(_shipped(task.op, chip)[task.index], chip)
 
 
 def recorded(path: Path = RECORD) -> dict[str, Result]:

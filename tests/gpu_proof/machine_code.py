@@ -28,9 +28,15 @@ class Chip:
     target: GPUTarget
     shared: int
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Of an NVIDIA GPU."""
+        return divmod(self.target.arch, 10) if self.target.backend == "cuda" else None
+
 
 # CUDA C++ Programming Guide, table of technical specifications; MI300 ISA guide for gfx942.
 CHIPS: tuple[Chip, ...] = (
+    Chip("sm_75", GPUTarget("cuda", 75, 32), 64 * 1024),
     Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
     Chip("sm_89", GPUTarget("cuda", 89, 32), 99 * 1024),
     Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
@@ -38,6 +44,8 @@ CHIPS: tuple[Chip, ...] = (
     Chip("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024),
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
 )
+# Those that have matrix instructions of bfloat16, which the CUDA C++ kernels are made of, and which Triton uses.
+MATRIX_CHIPS = CHIPS[1:]
 
 
 class _Driver(DriverBase):

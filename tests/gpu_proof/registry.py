@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from lora_ops.runtime.triton_launch import Launch, record_launches
+from lora_ops.runtime.triton_launch import Launch, pretend_capability, record_launches
 from tests.gpu_proof import gates
-from tests.gpu_proof.expect import Expect, GateCase
+from tests.gpu_proof.expect import MATRIX, Expect, GateCase
+from tests.gpu_proof.machine_code import Chip
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,14 @@ def ops() -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(gates.__path__))
 
 
-def shipped_by(op: str) -> Iterator[Shipped]:
-    """Every launch that the gate cases of an op produce."""
+def shipped_by(op: str, chip: Chip | None = None) -> Iterator[Shipped]:
+    """Every launch that the gate cases of an op produce on a chip; None: on any that has matrix instructions."""
+    capability, names = (chip.capability, {chip.name}) if chip else (None, MATRIX)
     for case in importlib.import_module(f"{gates.__name__}.{op}").cases():
-        yield from launches_of(op, case)
+        if names & case.chips:
+            with pretend_capability(capability) if capability else nullcontext():
+                shipped = list(launches_of(op, case))
+            yield from shipped
 
 
 def launches_of(op: str, case: GateCase) -> Iterator[Shipped]:

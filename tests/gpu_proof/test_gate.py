@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,8 @@ import lora_ops.quant
 from lora_ops.quant.nf4.codec import triton_impl
 from lora_ops.runtime.triton_launch import interpreting, launch
 from tests.gpu_proof import cuda_code, gate, machine_code, registry, rules
-from tests.gpu_proof.expect import MMA, Expect, GateCase, meta
-from tests.gpu_proof.gates import nf4_codec
+from tests.gpu_proof.expect import FMA, MMA, Expect, GateCase, meta
+from tests.gpu_proof.gates import lora_linear, nf4_codec
 from tests.gpu_proof.mutant import mutant
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="it compiles: run without TRITON_INTERPRET")
@@ -180,15 +180,41 @@ def _dot_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
     tl.store(y_ptr + i[:, None] * SIZE + i[None, :], tl.dot(x, x, input_precision="ieee"))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_matrix_instruction(chip: str) -> None:
-    def case(dtype: torch.dtype, size: int) -> GateCase:
-        x, y = meta(size, size, dtype=dtype), meta(size, size)
-        return GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=size), Expect(mma=MMA))
+def dot(dtype: torch.dtype, size: int, mma: Mapping[str, str] = MMA) -> GateCase:
+    x, y = meta(size, size, dtype=dtype), meta(size, size)
+    return GateCase("dot", lambda: launch(_dot_kernel, (1,), x, y, SIZE=size), Expect(mma=mma))
 
-    assert wrong(case(torch.bfloat16, 64), chip) == ""
+
+@pytest.mark.parametrize("chip", MMA)
+def test_matrix_instruction(chip: str) -> None:
+    assert wrong(dot(torch.bfloat16, 64), chip) == ""
     if chip != "gfx942":  # which has matrix instructions for fp32
-        assert f"no {MMA[chip]}" in wrong(case(torch.float32, 32), chip)
+        assert f"no {MMA[chip]}" in wrong(dot(torch.float32, 32), chip)
+
+
+@pytest.mark.parametrize("chip", FMA)
+def test_no_matrix_instruction(chip: str) -> None:
+    """T4s have HMMA of float16, and Triton does not use it. A Triton that does fails here: take the chip out of FMA."""
+    assert "no HMMA (matrix instructions: none)" in wrong(dot(torch.float16, 32, {chip: "HMMA"}), chip)
+
+
+@pytest.mark.parametrize("chip", FMA)
+def test_tiles_of_matrix_instructions_spill_on_fma_units(chip: str) -> None:
+    """What a launcher takes that does not know of the chip: operands of a whole step in registers."""
+    case = next(c for c in lora_linear.cases() if c.name == "r16 float16 p=0.1")
+    bad = {s.kernel: gate.check(s, CHIPS[chip]).wrong for s in registry.launches_of("lora_linear", case)}
+    assert "bytes of stack or spills" in "".join(bad["_expand_kernel"])
+
+
+def test_cases_of_a_chip_without_matrix_instructions() -> None:
+    """No products in bfloat16, of every kernel that such a chip runs, and none of the K-step route."""
+    shipped = {chip: [s for op in registry.ops() for s in registry.shipped_by(op, CHIPS[chip])] for chip in CHIPS}
+    kernels = {chip: {s.kernel for s in found} for chip, found in shipped.items()}
+    assert kernels["sm_80"] - kernels["sm_75"] == {"_lora_gemm_kernel", "_reduce_both_kernel"}
+    products = [s for s in shipped["sm_75"] if s.kernel.split("_")[1] in ("reduce", "expand") or "_gem" in s.kernel]
+    assert len(products) > 100
+    of_bfloat16 = [s.id for s in products for t in s.launch.args[:1] if t.dtype == torch.bfloat16]
+    assert not of_bfloat16
 
 
 @triton.jit

@@ -139,7 +139,7 @@ def skinny(m: int, k: int, r: int, dropout_p: float) -> Iterator[tuple[str, dict
     x = torch.zeros(m, k, dtype=torch.bfloat16)
     lora_a, s = torch.zeros(r, k), torch.zeros(m, r)
     drop = Dropout.of(dropout_p, torch.tensor(7) if dropout_p else None)
-    both = reads_once(x.dtype, r)
+    both = reads_once(x, r)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "S = drop(x) Aᵀ": (lambda: reduce_rows(x, lora_a, drop), x.nbytes + lora_a.nbytes + s.nbytes),
         "dA = dSᵀ drop(x)": (

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_ops.quant.blockwise8.triton_impl import map_on
 from lora_ops.quant.nf4 import NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4.triton_decode import decode_nf4
-from lora_ops.runtime.triton_launch import launch
+from lora_ops.runtime.triton_launch import launch, on_fma_units
 
 # Programs that a split sum aims at: two an SM of an H100/H200; the same on every chip, so that results are too.
 TARGET_PROGRAMS = 256
@@ -62,11 +62,11 @@ GEMM_16BIT = {
 # Where elements of x load, or those of the result are stored, one by one, which takes an address each: with the tiles
 # above Triton 3.8 spills a few bytes on sm_120 and gfx942.
 GEMM_ODD = GEMM_16BIT | {16: Tile(16, 64, 64, 8, 4), 32: Tile(32, 64, 64, 4, 2)}
-# Plain FMA units, operands in registers: small tiles. No TF32: it would not keep float32's accuracy.
-GEMM_32BIT = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
+# Plain FMA units (triton_launch.on_fma_units).
+GEMM_FMA = {m: Tile(min(m, 32), 32, 32, 4, 2) for m in GEMM_16BIT}
 # Where rows share blocks, or bytes: each weight has its own 64-bit address, which takes registers.
 RAGGED_16BIT = {m: replace(GEMM_16BIT[min(m, 64)], block_j=32, block_i=32) for m in GEMM_16BIT}
-RAGGED_32BIT = {m: replace(tile, num_warps=8) for m, tile in GEMM_32BIT.items()}
+RAGGED_FMA = {m: replace(tile, num_warps=8) for m, tile in GEMM_FMA.items()}
 GEMV_ROWS = 8
 GEMV_COLUMNS = 512  # 8 rows × 256 bytes: 16 bytes a thread of 4 warps of 32
 
@@ -342,8 +342,8 @@ def nf4_gemm(x: Tensor, q: NF4Tensor, bias: Tensor | None, add_to: Tensor | None
         return x.new_empty(m, j)
     x = _whole_rows(x)
     most = 128 if j % 16 == 0 else 64  # rows of an odd number of results are stored one by one, and 128 of them spill
-    tables = (GEMM_ODD if i % 16 or j % 16 else GEMM_16BIT, GEMM_32BIT) if aligned(q) else (RAGGED_16BIT, RAGGED_32BIT)
-    tile = tables[x.dtype == torch.float32][min(max(16, triton.next_power_of_2(m)), most)]
+    tables = (GEMM_ODD if i % 16 or j % 16 else GEMM_16BIT, GEMM_FMA) if aligned(q) else (RAGGED_16BIT, RAGGED_FMA)
+    tile = tables[on_fma_units(x.device, x.dtype)][min(max(16, triton.next_power_of_2(m)), most)]
     blocks = triton.cdiv(j, tile.block_j), triton.cdiv(m, tile.block_m)
     steps = max(1, triton.cdiv(i, tile.block_i))
     per_split = triton.cdiv(steps, max(1, min(TARGET_PROGRAMS // (blocks[0] * blocks[1]), steps))) * tile.block_i

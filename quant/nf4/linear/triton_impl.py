@@ -71,7 +71,7 @@ def matmul(
 
 def declines(op: str, lead: Tensor, **operands: Any) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    return triton_launch.declines(lead.device, lead.dtype)
+    return triton_launch.declines(lead.device, lead.dtype, products=True)
 
 
 IMPLS: dict[str, Callable] = {"nf4_linear": nf4_linear, "nf4_linear_dx": nf4_linear_dx}

@@ -16,16 +16,16 @@ from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.kernels.lora_linear.triton_skinny import padded_rank
 from lora_ops.runtime.checks import dtype_name
 from lora_ops.runtime.crossovers import force
-from tests.gpu_proof.expect import HMMA, MMA, ODD_ROWS, Expect, GateCase, meta
+from tests.gpu_proof.expect import FMA, HMMA, MMA, ODD_ROWS, Expect, GateCase, meta, served
 
 # Of a size Triton sees whether it is a multiple of 16, so that these stand for all of their kind.
 ALIGNED, ODD, ODD_N, ODD_K = (4096, 4096), (4097, 4095), (4097, 4096), (4096, 4095)
 SIZES = {ALIGNED: "", ODD: " odd N and K", ODD_N: " odd N", ODD_K: " odd K"}
 
 
-def _expected(r: int, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, Expect]:
+def _expected(r: int, dtype: torch.dtype, size: tuple[int, int], chips: frozenset[str]) -> dict[str, Expect]:
     """By kernel."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or chips == FMA:
         return {}
     padded, odd_rank = padded_rank(r), r % 16 != 0
     # x and W have rows of K elements, dY of N; one of them alone is odd only for ranks that read dY in reduce_both.
@@ -56,18 +56,28 @@ def cases() -> Iterator[GateCase]:
     configs += [(16, torch.float16, 0.1, every), (16, torch.bfloat16, 0.1, frozen_b)]
     sized = [(config, size) for size in (ALIGNED, ODD) for config in configs]
     sized += [((r, torch.bfloat16, p, every), size) for size in (ODD_N, ODD_K) for r in (16, 8) for p in (0.0, 0.1)]
-    for (r, dtype, p, needs), size in sized:
-        for kstep in (False, True) if dtype != torch.float32 and needs != frozen_b else (False,):
+    for ((r, listed, p, needs), size), kstep in itertools.product(sized, (False, True)):
+        if kstep and (listed == torch.float32 or needs == frozen_b):
+            continue
+        for dtype, chips, end in _served(listed, kstep=kstep):
             name = f"r{r} {dtype_name(dtype)}" + f" p={p}" * bool(p) + " K-step" * kstep
-            name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs] + SIZES[size]
+            name += {every: "", no_bias: " no bias", frozen_b: " frozen B"}[needs] + SIZES[size] + end
             run = functools.partial(call, 8192, *size, r, dtype, p, kstep=kstep, needs=needs)
-            yield GateCase(name, run, _expected(r, dtype, size))
+            yield GateCase(name, run, _expected(r, dtype, size, chips), chips=chips)
     for r, p, kstep in itertools.product((16, 8), (0.0, 0.1), (False, True)):
-        run = functools.partial(call, 8192, *ALIGNED, r, torch.bfloat16, p, kstep=kstep, needs=every, gap=1)
-        yield GateCase(f"r{r} p={p} odd row strides" + " K-step" * kstep, run, _expected(r, torch.bfloat16, ODD))
+        for dtype, chips, end in _served(torch.bfloat16, kstep=kstep):
+            run = functools.partial(call, 8192, *ALIGNED, r, dtype, p, kstep=kstep, needs=every, gap=1)
+            expect = _expected(r, dtype, ODD, chips)
+            yield GateCase(f"r{r} p={p} odd row strides" + " K-step" * kstep + end, run, expect, chips=chips)
     for kstep in (False, True):
-        run = functools.partial(call, 600_000, *ALIGNED, 16, torch.bfloat16, 0.1, kstep=kstep, needs=every)
-        yield GateCase("M · K > 2^31" + " K-step" * kstep, run, huge=True)
+        for dtype, chips, end in _served(torch.bfloat16, kstep=kstep):
+            run = functools.partial(call, 600_000, *ALIGNED, 16, dtype, 0.1, kstep=kstep, needs=every)
+            yield GateCase("M · K > 2^31" + " K-step" * kstep + end, run, huge=True, chips=chips)
+
+
+def _served(dtype: torch.dtype, *, kstep: bool) -> Iterator[tuple[torch.dtype, frozenset[str], str]]:
+    """As `served`; the K-step route is one of matrix instructions."""
+    return (case for case in served(dtype) if case[1] != FMA or not kstep)
 
 
 def call(

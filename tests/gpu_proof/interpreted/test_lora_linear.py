@@ -21,7 +21,7 @@ from lora_ops.kernels.lora_linear import triton_impl, triton_skinny
 from lora_ops.kernels.lora_linear.operands import Adapter, Needs
 from lora_ops.kernels.philox import dropout_mask, keep_scale
 from lora_ops.runtime.crossovers import force
-from lora_ops.runtime.triton_launch import record_launches
+from lora_ops.runtime.triton_launch import pretend_capability, record_launches
 from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof import interpreter, traffic
 
@@ -82,6 +82,18 @@ def test_several_blocks(dtype: torch.dtype, kstep_min_m: int, m: int, n: int, k:
     ).inputs()
     with force(kstep_min_m=kstep_min_m):
         assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(150, 129, 399, 16), (70, 144, 448, 8), (1, 150, 600, 200)])
+def test_on_fma_units(m: int, n: int, k: int, r: int, weight: str) -> None:
+    """float16 as on a T4: the tiles of float32, and no kernel that needs matrix instructions, not even if forced."""
+    inputs = LinearCase(m=m, n=n, k=k, r=r, dtype=torch.float16, weight=weight, dropout_p=0.1, bias=True).inputs()
+    with pretend_capability((7, 5)), force(kstep_min_m=0), record_launches() as recorder:
+        assert_right(inputs, run_ours(inputs))
+    assert not {"_lora_gemm_kernel", "_reduce_both_kernel"} & {call.kernel.__name__ for call in recorder.launches}
+    rows = next(call for call in recorder.launches if call.kernel.__name__ == "_reduce_rows_kernel")
+    assert rows.meta["BLOCK_K"] == 16
 
 
 @pytest.mark.parametrize("kstep_min_m", [NEVER, 0], ids=["beta1", "kstep"])

@@ -15,7 +15,7 @@ from lora_ops.quant.frozen import operands
 from lora_ops.quant.nf4 import BLOCK_SIZES, NF4_CODE, NF4Tensor
 from lora_ops.quant.nf4.linear import triton_impl
 from lora_ops.runtime.crossovers import force
-from lora_ops.runtime.triton_launch import record_launches
+from lora_ops.runtime.triton_launch import pretend_capability, record_launches
 from tests.cases import LinearCase, assert_right, in_wider_rows, run_ours
 from tests.gpu_proof.interpreter import count_traffic
 
@@ -58,6 +58,17 @@ def test_large_m_route(case: LinearCase) -> None:
     inputs = case.inputs()
     with force(nf4_gemv_max_m=0, nf4_gemm_max_m=-1):
         assert_right(inputs, run_ours(inputs))
+
+
+@pytest.mark.parametrize(("m", "gemm"), [(1, 0), (16, 1), (32, 1), (33, 0), (150, 0)])
+@pytest.mark.parametrize("k", [192, 200])
+def test_on_fma_units(m: int, gemm: int, k: int) -> None:
+    """float16 as on a T4: few tokens in the GEMM that decodes, in the tiles of float32, the others by cuBLAS."""
+    inputs = LinearCase(m=m, n=70, k=k, dtype=torch.float16, double_quant=True, bias=True).inputs()
+    with pretend_capability((7, 5)), record_launches() as recorder:
+        assert_right(inputs, run_ours(inputs))
+    tiles = [call.meta["BLOCK_J"] for call in recorder.launches if call.kernel.__name__ == "_nf4_gemm_kernel"]
+    assert tiles == [32] * (2 * gemm if m > 1 else 1 + (k == 200))  # y and dX; y of one token is the GEMV's
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
