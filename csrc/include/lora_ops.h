@@ -162,7 +162,7 @@ LORA_OPS_API int lora_ops_takes_dense(int dtype);
 
 /* y [m, n] = x [m, k] Wᵀ + bias, with W [n, k] rounded to dtype, sums in fp32 and one rounding at the end. x, y and
  * bias [n] (or NULL) are of dtype; rows of x are stride_x elements apart, rows of y stride_y. Scratch: less than 2 MiB
- * a thread and, for up to 64 rows, once what x takes (in fp32 but for bfloat16), kept until the thread ends. */
+ * a thread and, for up to 64 rows, once what x takes (at most in fp32), kept until the thread ends. */
 LORA_OPS_API int lora_ops_linear(const lora_ops_weight* weight, int64_t n, int64_t k, const void* x, int64_t m,
                                  int64_t stride_x, const void* bias, void* y, int64_t stride_y, int dtype,
                                  int n_threads);

@@ -228,8 +228,9 @@ def test_dequantize_of_any_range(
     assert buffer[GUARD + end - begin :].isnan().all()
 
 
+@pytest.mark.parametrize("block_size", [32, 64])  # decoded half by half, and whole
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype) -> None:
+def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype, block_size: int) -> None:
     """Denormal, infinite, NaN and negative scales, and products that overflow or vanish in the result's dtype."""
     g = torch.Generator().manual_seed(0)
     random_bits = torch.randint(-(2**31), 2**31, (20_000,), generator=g).to(torch.int32).view(torch.float32)
@@ -238,13 +239,13 @@ def test_dequantize_of_any_absmax(isa: str, dtype: torch.dtype) -> None:
     # NaNs that rounding, if it took them for numbers, would carry over into -0 and 0.
     full_nans = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
     absmax = torch.cat([random_bits, near_limits, special, full_nans])
-    n = absmax.numel() * 32
+    n = absmax.numel() * block_size
     packed = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=g)
     out = torch.empty(n, dtype=dtype)
-    nf4_abi.dequantize(view(packed, absmax, 32), 0, n, out)
-    assert_same_values(out, dequantize_exactly(packed, absmax, 32, n, dtype))
+    nf4_abi.dequantize(view(packed, absmax, block_size), 0, n, out)
+    assert_same_values(out, dequantize_exactly(packed, absmax, block_size, n, dtype))
     shifted = torch.empty(n - 1, dtype=dtype)  # odd begin: other elements take the scalar path
-    nf4_abi.dequantize(view(packed, absmax, 32), 1, n, shifted)
+    nf4_abi.dequantize(view(packed, absmax, block_size), 1, n, shifted)
     assert_same_bytes(shifted, out[1:])
 
 

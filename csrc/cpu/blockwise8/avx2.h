@@ -7,15 +7,6 @@
 namespace lora_ops {
 namespace {
 
-// 8 entries of a table, at index(0) ... index(7). A gather takes twice as long on Zen, and more where it was made safe.
-template <class Index>
-inline __m256 look_up8(const float* table, Index index) {
-    const auto entry = [&](int i) { return _mm256_broadcast_ss(table + index(i)); };
-    const __m256 a = _mm256_blend_ps(entry(0), entry(1), 0x02), b = _mm256_blend_ps(entry(2), entry(3), 0x08);
-    const __m256 c = _mm256_blend_ps(entry(4), entry(5), 0x20), d = _mm256_blend_ps(entry(6), entry(7), 0x80);
-    return _mm256_blend_ps(_mm256_blend_ps(a, b, 0x0c), _mm256_blend_ps(c, d, 0xc0), 0xf0);
-}
-
 // Codes values by `settled` of their code, in two steps with memory in between: bins that were taken out of registers would
 // cost three operations each where a load is one, and a load right after the store has to wait for it.
 class Blockwise8Encoder {

@@ -1,7 +1,5 @@
-// The scales of NF4 blocks in the order in which products meet them, and rows of x in tiles.
+// NF4 blocks in the order in which products meet them, and rows of x in tiles.
 #pragma once
-
-#include <string.h>
 
 #include "common/scalar.h"
 #include "nf4/codec.h"
@@ -14,26 +12,6 @@ template <class Work>
 inline void row_tiles(int64_t m, int64_t most, Work work) {
     const int64_t tiles = ceil_div(m, most);
     for (int64_t i = 0; i < tiles; ++i) work(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
-}
-
-// The scales of n groups of 64 elements from element `first` on; blocks and `first` are multiples of 64. Blocks are
-// counted, not divided for: a division takes as long as decoding 64 elements.
-inline void scales_of_64(const lora_ops_nf4_weight& w, int64_t first, int64_t n, float* scales) {
-    const int64_t groups = w.block_size / 64;  // of a block
-    int64_t block = first / w.block_size;
-    if (groups == 1 && w.absmax) {
-        memcpy(scales, w.absmax + block, sizeof(float) * n);
-        return;
-    }
-    if (groups == 1) {
-        for (int64_t i = 0; i < n; ++i) scales[i] = nf4_absmax(w, block + i);
-        return;
-    }
-    int64_t left = groups - first % w.block_size / 64;
-    for (int64_t i = 0; i < n; ++block, left = groups) {
-        const float scale = nf4_absmax(w, block);
-        for (const int64_t end = lesser(i + left, n); i < end; ++i) scales[i] = scale;
-    }
 }
 
 // The blocks of elements `first`, `first` + step, `first` + 2 step ...

@@ -67,8 +67,7 @@ struct GroupTables {
     typename NF4Groups<T>::Table room[kSpan / 64];
     const typename NF4Groups<T>::Table* table;
     void fetch(const Gemm& g, int64_t first, int64_t groups) {
-        scales_of_64(g.w, first, groups, scales);
-        table = NF4Groups<T>::tables(scales, groups, room);
+        table = NF4Groups<T>::tables(nf4_scales_of_64(g.w, first, groups, scales), groups, room);
     }
 };
 

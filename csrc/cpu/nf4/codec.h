@@ -8,6 +8,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include "common/scalar.h"
 #include "nf4/table.h"
@@ -58,6 +59,26 @@ bool nf4_quantize(const T* w, int64_t n, int64_t block_size, uint8_t* packed, fl
 inline float nf4_absmax(const lora_ops_nf4_weight& w, int64_t block) {
     if (w.absmax) return w.absmax[block];
     return w.absmax_map[w.absmax_codes[block]] * w.nested_absmax[block / 256] + w.nested_offset;
+}
+
+// The scales of n groups of 64 elements from element `first` on; blocks and `first` are multiples of 64. Blocks are
+// counted, not divided for: a division takes as long as decoding 64 elements.
+inline void scales_of_64(const lora_ops_nf4_weight& w, int64_t first, int64_t n, float* scales) {
+    const int64_t groups = w.block_size / 64;  // of a block
+    int64_t block = first / w.block_size;
+    if (groups == 1 && w.absmax) {
+        memcpy(scales, w.absmax + block, sizeof(float) * n);
+        return;
+    }
+    if (groups == 1) {
+        for (int64_t i = 0; i < n; ++i) scales[i] = nf4_absmax(w, block + i);
+        return;
+    }
+    int64_t left = groups - first % w.block_size / 64;
+    for (int64_t i = 0; i < n; ++block, left = groups) {
+        const float scale = nf4_absmax(w, block);
+        for (const int64_t end = lesser(i + left, n); i < end; ++i) scales[i] = scale;
+    }
 }
 
 template <class T>

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "isa/avx2.h"
-#include "nf4/table.h"
+#include "nf4/codec.h"
 
 namespace lora_ops {
 namespace {
@@ -93,29 +93,25 @@ struct alignas(32) NF4Bytes {
     uint8_t low[16], high[16];
 };
 
-// Rounded to nearest even by an addition, which is right for all but a NaN; the upper half is the result.
+// Rounded to nearest even by an addition, which is right for all but a NaN; the upper half is the result. A comparison, as
+// a shift would take the place of a shuffle.
 inline __m256i rounded_up(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i bits = _mm256_castps_si256(x), lowest = _mm256_and_si256(bits, _mm256_set1_epi32(0x10000));
+    const __m256i even = _mm256_cmpeq_epi32(lowest, _mm256_setzero_si256());  // -1
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), even);
 }
 
-inline NF4Bytes nf4_bytes(const uint16_t (&values)[16]) {
-    NF4Bytes table;
+// Of any absmax: rare, so never inlined, which would crowd the loop beside it.
+template <class T>
+__attribute__((noinline)) void nf4_bytes_of_any(float absmax, NF4Bytes& table) {
     for (int i = 0; i < 16; ++i) {
-        table.low[i] = static_cast<uint8_t>(values[i]);
-        table.high[i] = static_cast<uint8_t>(values[i] >> 8);
+        const uint16_t bits = round_to<T>(kNF4Code[i] * absmax).bits;
+        table.low[i] = static_cast<uint8_t>(bits);
+        table.high[i] = static_cast<uint8_t>(bits >> 8);
     }
-    return table;
 }
 
 inline void nf4_bytes(float absmax, NF4Bytes& table, BF16) {
-    if (abs_bits(absmax) >= kInfBits<float>) {
-        uint16_t values[16];
-        for (int i = 0; i < 16; ++i) values[i] = round_to<BF16>(kNF4Code[i] * absmax).bits;
-        table = nf4_bytes(values);
-        return;
-    }
     // Values 0-3 and 8-11, then the others: shuffles within 128 bits leave 0-7 and 8-15.
     const __m256 scale = _mm256_set1_ps(absmax);
     const __m256 first = _mm256_setr_m128(_mm_loadu_ps(kNF4Code), _mm_loadu_ps(kNF4Code + 8));
@@ -145,7 +141,11 @@ struct NF4Groups16 {
     using Table = NF4Bytes;
 
     static const Table* tables(const float* absmax, int64_t n, Table* to) {
-        for (int64_t i = 0; i < n; ++i) nf4_bytes(absmax[i], to[i], T{});
+        if (largest_abs_bits(absmax, n) < kInfBits<float>) {
+            for (int64_t i = 0; i < n; ++i) nf4_bytes(absmax[i], to[i], T{});
+        } else {
+            for (int64_t i = 0; i < n; ++i) nf4_bytes_of_any<T>(absmax[i], to[i]);
+        }
         return to;
     }
 
@@ -214,6 +214,65 @@ struct NF4Groups<F16> : NF4Groups16<F16> {
         return 2 * (8 * (vector / 2 % 2) + lane + 16 * (vector % 2)) + vector / 4;
     }
 };
+
+// nf4_absmax of blocks [block, block + n) of doubly quantized scales.
+inline void nf4_nested_scales(const lora_ops_nf4_weight& w, int64_t block, int64_t n, float* to) {
+    const __m256 offset = _mm256_set1_ps(w.nested_offset);
+    const uint8_t* const codes = w.absmax_codes + block;
+    for (int64_t i = 0; i < n;) {
+        const int64_t end = lesser(n, i + 256 - (block + i) % 256);
+        const float nested_absmax = w.nested_absmax[(block + i) / 256];
+        for (; i + 8 <= end; i += 8) {
+            const __m256 value = look_up8(w.absmax_map, [&](int j) { return codes[i + j]; });
+            _mm256_storeu_ps(to + i, _mm256_add_ps(_mm256_mul_ps(value, _mm256_set1_ps(nested_absmax)), offset));
+        }
+        for (; i < end; ++i) to[i] = w.absmax_map[codes[i]] * nested_absmax + w.nested_offset;
+    }
+}
+
+// The scales of n groups of 64 from element `first` on, where they are or in `to`.
+inline const float* nf4_scales_of_64(const lora_ops_nf4_weight& w, int64_t first, int64_t n, float* to) {
+    const int64_t block = first / w.block_size;
+    if (w.block_size != 64) {
+        scales_of_64(w, first, n, to);
+    } else if (w.absmax) {
+        return w.absmax + block;
+    } else {
+        nf4_nested_scales(w, block, n, to);
+    }
+    return to;
+}
+
+inline void store_groups(const NF4Groups<float>& nf4, const uint8_t* packed, const float& absmax, float* out) {
+    __m256 w[8];
+    nf4.decode_in_order(packed, absmax, w);
+    for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + 8 * i, w[i]);
+}
+
+template <class T>
+void store_groups(const NF4Groups<T>& nf4, const uint8_t* packed, const NF4Bytes& table, T* out) {
+    __m256i words[4];
+    nf4.words_in_order(packed, table, words);
+    for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * i), words[i]);
+}
+
+// Elements [begin, end): groups of 64 within one block, and by `rest` those before and after them.
+template <class T, class Rest>
+void nf4_dequantize_groups(const lora_ops_nf4_weight& w, int64_t begin, int64_t end, T* out, Rest rest) {
+    constexpr int64_t kGroups = 32;  // whose tables take 1 KiB
+    const int64_t first = ceil_div(begin, 64) * 64, last = end / 64 * 64;
+    if (w.block_size % 64 || first >= last) return rest(begin, end, out);
+    if (begin < first) rest(begin, first, out);
+    const NF4Groups<T> nf4;
+    float scales[kGroups];
+    typename NF4Groups<T>::Table room[kGroups];
+    for (int64_t i = first; i < last; i += 64 * kGroups) {
+        const int64_t n = lesser(64 * kGroups, last - i) / 64;
+        const auto* const table = NF4Groups<T>::tables(nf4_scales_of_64(w, i, n, scales), n, room);
+        for (int64_t j = 0; j < n; ++j) store_groups(nf4, w.packed + i / 2 + 32 * j, table[j], out + (i - begin) + 64 * j);
+    }
+    if (last < end) rest(last, end, out + (last - begin));
+}
 
 }  // namespace
 }  // namespace lora_ops
