@@ -2,6 +2,7 @@
 #include "gemm/float_dots.h"
 #include "gemm/float_panels.h"
 #include "gemm/float_row_sums.h"
+#include "gemm/one_row_dx_avx2.h"
 #include "gemm/register_dots_avx2.h"
 #include "isa/avx2.h"
 #include "nf4/avx2.h"
@@ -70,6 +71,7 @@ struct Avx2Floats {
 
 const GemmRoute kAvx2RegisterDots = {serves_register_dots, plan_register_dots, prepare_register_dots,
                                      register_dots_task};
+const GemmRoute kAvx2OneRowDx = {serves_one_row_dx, plan_one_row_dx, nullptr, one_row_dx_task};
 const GemmRoute kAvx2Dots = float_dots<Avx2Floats>();
 const GemmRoute kAvx2RowSums = float_row_sums<Avx2Floats>();
 const GemmRoute kAvx2Panels = float_panels<Avx2Floats>();

@@ -74,7 +74,7 @@ struct GemmRoute {
 
 // Dots multiply along the depth, for few rows of x; panels of W are transposed, which pays for many. routes.cpp chooses.
 extern const GemmRoute kPortableDots, kPortablePanels;
-extern const GemmRoute kAvx2RegisterDots, kAvx2Dots, kAvx2RowSums, kAvx2Panels;
+extern const GemmRoute kAvx2RegisterDots, kAvx2OneRowDx, kAvx2Dots, kAvx2RowSums, kAvx2Panels;
 extern const GemmRoute kAvx512RegisterDots, kAvx512Dots, kAvx512RowSums, kAvx512Panels;
 extern const GemmRoute kNeonDots, kNeonPanels, kNeonBf16Panels;
 extern const GemmRoute kBf16RegisterDots, kBf16RaggedDots, kBf16WideDots, kBf16Panels;

@@ -16,7 +16,7 @@ namespace {
 using Routes = std::array<const GemmRoute*, 8>;
 constexpr Routes kPortable = {&kPortableDots, &kPortablePanels};
 #if defined(LORA_OPS_X86)
-constexpr Routes kAvx2 = {&kAvx2RegisterDots, &kAvx2Dots, &kAvx2RowSums, &kAvx2Panels};
+constexpr Routes kAvx2 = {&kAvx2RegisterDots, &kAvx2OneRowDx, &kAvx2Dots, &kAvx2RowSums, &kAvx2Panels};
 constexpr Routes kAvx512 = {&kAvx512RegisterDots, &kAvx512Dots, &kAvx512RowSums, &kAvx512Panels};
 constexpr Routes kAvx512Bf16 = {&kBf16RegisterDots,   &kBf16RaggedDots, &kBf16WideDots,  &kBf16Panels,
                                 &kAvx512RegisterDots, &kAvx512Dots,     &kAvx512RowSums, &kAvx512Panels};
