@@ -15,7 +15,7 @@ inline __m256 lanes_of(uint8_t bits) {
 struct Avx2 {
     using F = __m256;
     using Mask = Avx2Mask;
-    static constexpr int kWidth = 8, kPair = 1;
+    static constexpr int kWidth = 8, kPair = 1, kRows = 4;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }

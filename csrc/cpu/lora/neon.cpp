@@ -15,7 +15,7 @@ inline uint32x4_t lanes_of(unsigned bits) {
 struct Neon {
     using F = float32x4_t;
     using Mask = NeonMask;
-    static constexpr int kWidth = 4, kPair = 1;
+    static constexpr int kWidth = 4, kPair = 1, kRows = 4;  // with 2, 8 % more instructions
 
     static F zero() { return vdupq_n_f32(0); }
     static F load(const float* p) { return vld1q_f32(p); }

@@ -9,7 +9,7 @@ namespace {
 struct Portable {
     typedef float F __attribute__((vector_size(16)));
     using Mask = PortableMask;
-    static constexpr int kWidth = 4, kPair = 1;
+    static constexpr int kWidth = 4, kPair = 1, kRows = 2;
 
     static F zero() { return F{}; }
     template <class T>

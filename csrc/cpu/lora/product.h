@@ -27,7 +27,7 @@ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / un
 template <int64_t N>
 using Fixed = std::integral_constant<int64_t, N>;
 
-// V is an instruction set: V::F holds V::kWidth floats.
+// V is an instruction set: V::F holds V::kWidth floats. A tile of V::kRows x 16 sums fits its registers, with the operands.
 template <class V, int I, int J, class SI, class SP>
 inline __attribute__((always_inline)) void tile_sums(int64_t count, const uint32_t* left, SI stride_i, SP stride_p,
                                                      const uint32_t* right, int64_t right_row,
@@ -94,7 +94,7 @@ void product(int64_t rows, int64_t columns, int64_t count, const uint32_t* left,
         if (columns - j == 32) run(product_columns<V, 8, 2, SI, SP>, j);
         if (columns - j == 16) run(product_columns<V, 16, 1, SI, SP>, j);
     } else {
-        constexpr int kI = V::kWidth == 8 ? 4 : 2;
+        constexpr int kI = V::kRows;
         for (; j < columns; j += 16) run(product_columns<V, kI, 16 / V::kWidth, SI, SP>, j);
     }
 }
