@@ -46,6 +46,9 @@ WIDE = Plan(
 )
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
@@ -57,6 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lora-tokens", type=_numbers, help="values of M for lora_linear")
     parser.add_argument("--ops", type=_ops, default=tuple(SUITES), help=f"of {', '.join(SUITES)}")
     parser.add_argument("--policy", choices=[*POLICIES, "both"], default="both", help="of the allocator")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations and dense weights")
     parser.add_argument("--isa", choices=ISAS, help="keep lora_ops, torch and oneDNN to this instruction set")
     parser.add_argument("--output", type=Path, help="folder of the report; default bench/results/cpu/<cpu>/")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -84,6 +88,9 @@ def _ops(text: str) -> tuple[str, ...]:
 def plan_of(args: argparse.Namespace) -> Plan:
     """The plan that the command line asks for."""
     plan = QUICK if args.quick else WIDE if args.wide else Plan()
+    dtype = DTYPES[args.dtype]
+    adapters = [torch.float32 if t == torch.float32 else dtype for t in plan.adapter_dtypes]
+    plan = replace(plan, dtype=dtype, adapter_dtypes=tuple(dict.fromkeys(adapters)))
     if args.shapes:
         plan = replace(plan, shapes=args.shapes, lora_shapes=args.shapes)
     if args.tokens:
@@ -132,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     os.environ.update(ISAS[args.isa] if args.isa else {})  # what describe says of the native kernels
     about = {**describe(), "command": command_line("bench", argv)}
-    name = slug(cpu_name()) + (f"-{args.isa}" if args.isa else "")
+    name = slug(cpu_name()) + "".join(f"-{part}" for part in (args.isa, args.dtype) if part not in (None, "bfloat16"))
     folder = args.output or ROOT / "bench" / "results" / "cpu" / name
     runs = []
     for policy in POLICIES if args.policy == "both" else (args.policy,):

@@ -87,6 +87,15 @@ def test_bench_keeps_to_an_instruction_set(tmp_path: Path) -> None:
     assert {row["contender"]: row["status"] for row in rows}["bitsandbytes eval"] == "unavailable"
 
 
+def test_bench_in_another_dtype(tmp_path: Path) -> None:
+    options = ["--dtype", "float32", "--ops", "frozen_linear,lora_linear", "--shapes", "64x128", "--policy", "default"]
+    done = _run("bench", "--quick", *options, "--tokens", "4", "--lora-tokens", "4", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["runs"][0]["rows"]
+    assert {row["op"] for row in rows} == {"frozen_linear", "lora_linear"}
+    assert not [row for row in rows if "bfloat16" in row["variant"]]
+
+
 def test_gpu_suite_needs_a_gpu() -> None:
     done = _run("bench.gpu", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     assert done.returncode == 2
