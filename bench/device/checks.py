@@ -208,6 +208,8 @@ def _adamw(bits: int, dtype: torch.dtype, grad_dtype: torch.dtype, seed: int | N
 def _checks(large: Shape) -> dict[str, dict[str, Check]]:
     linear: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _linear_cases(0, large)}
     linear |= {f"y, {c.id}": functools.partial(_forward, c) for c in _few_tokens_cases(large)}
+    dense = [LinearCase(**{**vars(c), "weight": "dense"}) for c in _linear_cases(0, large)]
+    frozen: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in dense}
     lora: dict[str, Check] = {c.id: functools.partial(_linear, c) for c in _lora_cases(large)}
     lora |= {f"K-step, {c.id}": functools.partial(_on_kstep, c) for c in _kstep_cases(large)}
     quantize: dict[str, Check] = {
@@ -241,6 +243,8 @@ def _checks(large: Shape) -> dict[str, dict[str, Check]]:
         "adamw_": adamw,
         "nf4_linear": linear,
         "nf4_linear_dx": linear,
+        "frozen_linear": frozen,
+        "frozen_linear_dx": frozen,
         "lora_linear": lora,
         "lora_linear_backward": lora,
         "quantize_nf4": quantize,

@@ -215,6 +215,8 @@ def _captures() -> dict[str, dict[str, Check]]:
         return {name: functools.partial(_check, make) for name, make in cases}
 
     linear, lora = checks(_linear_cases()), checks(_lora_cases())
+    dense = LinearCase(33, 96, 128, dtype=BF16, weight="dense", bias=True)
+    frozen = checks(iter([(dense.id, functools.partial(_linear, dense, {}))]))
     dequantize = {
         out: checks((f"double {dq}", functools.partial(_dequantize, dq, out)) for dq in (False, True))
         for out in (False, True)
@@ -223,6 +225,8 @@ def _captures() -> dict[str, dict[str, Check]]:
     return {
         "nf4_linear": linear,
         "nf4_linear_dx": linear,
+        "frozen_linear": frozen,
+        "frozen_linear_dx": frozen,
         "lora_linear": lora,
         "lora_linear_backward": lora,
         "dequantize_nf4": dequantize[False],

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from lora_ops.quant.frozen import N_OPERANDS, OPERANDS_SCHEMA, FrozenTensor, data_of, from_operands, operands
 from lora_ops.quant.nf4 import NF4Tensor
@@ -83,7 +82,7 @@ _dx.not_differentiable()
 def frozen_linear(x: Tensor, weight: Tensor | FrozenTensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer over a frozen weight, in the fastest way that this machine has: y = x Wᵀ + b.
 
-    F.linear on a GPU, and `nf4_linear` over an NF4Tensor. On the CPU lora_ops multiplies itself wherever torch has no
+    cuBLAS on a GPU, and `nf4_linear` over an NF4Tensor. On the CPU lora_ops multiplies itself wherever torch has no
     fast product of the dtype: 16 bits without AVX-512 take a hundredth of torch's time. Differentiable in x and bias; x
     is not saved for the backward. Under autocast x, W and bias are cast as F.linear casts them.
 
@@ -104,8 +103,6 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenTensor, bias: Tensor | None 
     if isinstance(weight, NF4Tensor):
         return nf4_linear(x, weight, bias)
     _check(x, weight, bias)
-    if not isinstance(weight, FrozenTensor) and x.device.type not in ("cpu", "meta"):
-        return linear(x, weight, bias)
     if is_plain_call(x, data_of(weight), bias):
         return _fwd.run(x, x=x, weight=weight, bias=bias)
     return torch.ops.lora_ops.frozen_linear(x, bias, *operands(weight))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_ops.runtime import crossovers as table
+from lora_ops.runtime import triton_launch
 from lora_ops.runtime.crossovers import DEFAULT, Crossovers, crossovers, force, source, write
 
 GPU, CHIP = torch.device("cuda"), "NVIDIA H200"
@@ -18,6 +19,7 @@ GPU, CHIP = torch.device("cuda"), "NVIDIA H200"
 @pytest.fixture(autouse=True)
 def _chip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CHIP)
+    monkeypatch.setattr(triton_launch, "_capability_of", lambda device: (9, 0))
     monkeypatch.delenv("LORA_OPS_CROSSOVERS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     table._lookup.cache_clear()
