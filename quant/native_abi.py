@@ -25,6 +25,7 @@ _LINEAR = native.Function("linear", POINTER(WeightView), *_NKXM_STRIDE, c_void_p
 _LINEAR_DX = native.Function(
     "linear_dx", POINTER(WeightView), *_NKXM_STRIDE, c_void_p, c_int64, c_int, c_int, argument="dy"
 )
+_LEAST_SIDE = 32  # of a weight: a head of few outputs or a product of few terms fills no tile
 _TAKES_DENSE = native.Function("takes_dense", c_int)
 
 
@@ -55,7 +56,11 @@ def weight_view(weight: Tensor | NF4Tensor) -> WeightView | None:
 
 def takes_dense(weight: Tensor) -> bool:
     """Whether the library can multiply a dense weight [N, K], and faster than torch does here."""
-    return 1 in weight.stride() and bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype]))
+    return (
+        min(weight.shape) >= _LEAST_SIDE
+        and 1 in weight.stride()
+        and bool(_TAKES_DENSE.ask(native.DTYPE_NUMBERS[weight.dtype]))
+    )
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -21,7 +20,7 @@ def frozen_linear(*, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if w is None:
         y = linear(x2, weight, bias)
     else:
-        y = torch.empty(x2.shape[0], weight.shape[0], dtype=x.dtype)
+        y = x2.new_empty(x2.shape[0], weight.shape[0])
         native_abi.linear(w, x2, None if bias is None else bias.contiguous(), y)
     return y if x.dim() == 2 else as_output(y, (*x.shape[:-1], weight.shape[0]))
 
@@ -32,7 +31,7 @@ def frozen_linear_dx(*, dy: Tensor, weight: Tensor) -> Tensor:
     if w is None:
         dx = dy2 @ weight
     else:
-        dx = torch.empty(dy2.shape[0], weight.shape[1], dtype=dy.dtype)
+        dx = dy2.new_empty(dy2.shape[0], weight.shape[1])
         native_abi.linear_dx(w, dy2, dx)
     return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], weight.shape[1]))
 

@@ -75,8 +75,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dbias, *(None,) * N_OPERANDS
 
 
+def _setup_context_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *weight = inputs
+    *tensors, ctx.shape, ctx.layout = weight
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_dx(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    """dX = dY · W is linear in dY: its gradient is ddX · Wᵀ."""
+    ddy = torch.ops.lora_ops.frozen_linear(ddx, None, *ctx.saved_tensors, ctx.shape, ctx.layout)
+    return ddy, *(None,) * N_OPERANDS
+
+
 _fwd.autograd(_backward, _setup_context)
-_dx.not_differentiable()
+_dx.autograd(_backward_dx, _setup_context_dx)
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenTensor, bias: Tensor | None = None) -> Tensor:

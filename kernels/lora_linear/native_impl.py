@@ -43,7 +43,7 @@ def lora_linear(
     w, (n, r) = weight_view(weight), lora_b.shape
     # [M, K] @ [K, N] -> [M, N]
     y = linear(x2, weight, bias) if w is None and isinstance(weight, Tensor) else x2.new_empty(x2.shape[0], n)
-    s = torch.empty(*x.shape[:-1], r, dtype=torch.float32)
+    s = x2.new_empty(*x.shape[:-1], r, dtype=torch.float32)
     native_abi.forward(_view(adapter, lora_a, lora_b), x2, s, y, w, bias)
     return y if x.dim() == 2 else as_output(y, (*x.shape[:-1], n)), s
 

@@ -25,13 +25,14 @@ _theirs: Any = None  # what stood there before, once ours is registered
 
 def adopt(model: nn.Module) -> None:
     """Let the modules of a model with 16-bit weights on the CPU compute attention in float32 where that is faster."""
-    slow = {p.dtype for p in model.parameters() if p.is_cpu and p.dtype in DTYPES_16BIT and p.dim() > 1}
-    if not any(slow_16bit_reason(dtype) for dtype in slow):
+    dtypes = {p.dtype for p in model.parameters() if p.is_cpu and p.dim() > 1}
+    slow = tuple(dtype for dtype in DTYPES_16BIT if dtype in dtypes and slow_16bit_reason(dtype) is not None)
+    if not slow:
         return
     _register()
     for module in model.modules():
         if module._modules:  # the function is called with the module whose projections made its operands
-            module.__dict__[_MARK] = True
+            module.__dict__[_MARK] = slow
 
 
 def abandon(model: nn.Module) -> None:
@@ -41,10 +42,10 @@ def abandon(model: nn.Module) -> None:
 
 
 def _register() -> None:
+    """Once in a process: what somebody registers later may call ours, which must not call it again."""
     global _theirs
-    registered = ALL_ATTENTION_FUNCTIONS[_NAME]
-    if registered is not _attention:
-        _theirs = registered
+    if _theirs is None:
+        _theirs = ALL_ATTENTION_FUNCTIONS[_NAME]
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
 
 
@@ -58,7 +59,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """softmax(scaling · Q Kᵀ + mask) V: transformers' own, in float32 inside if the module is marked and it pays."""
-    if not getattr(module, _MARK, False) or not _pays(query, key, value) or kwargs.get("cache") is not None:
+    slow = getattr(module, _MARK, ())
+    if query.dtype not in slow or not _pays(query, key, value) or kwargs.get("cache") is not None:
         return _theirs(module, query, key, value, attention_mask, *args, **kwargs)
     if not torch.compiler.is_compiling() and open_traces:
         reason = slow_16bit_reason(query.dtype) or ""
@@ -74,9 +76,7 @@ def _attention(
 
 def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Forwards are slow in float16 alone, and with one query there is more to widen than to multiply."""
-    if not query.is_cpu or query.dtype not in DTYPES_16BIT or not query.dtype == key.dtype == value.dtype:
-        return False
-    if slow_16bit_reason(query.dtype) is None:
+    if not query.is_cpu or not query.dtype == key.dtype == value.dtype:
         return False
     wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return wants_grad or (query.dtype == torch.float16 and query.shape[-2] > 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
@@ -17,8 +19,10 @@ from lora_ops.nn import weight_of
 from lora_ops.quant import native_abi
 from lora_ops.runtime import native
 from lora_ops.runtime.checks import autocasting
+from lora_ops.runtime.machine import slow_16bit_reason
 
 _PLAIN = (nn.Parameter, Tensor)
+_WORTH_A_CALL = 1 << 20  # weights from which half the time of a product is more than what the op costs
 
 
 class FrozenLinear(nn.Linear):
@@ -31,7 +35,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _serves(self, x):
-            return super().forward(x)
+            return nn.Linear.forward(self, x)  # not super(): a hook may keep this function beyond `abandon`
         return functional.frozen_linear(x, self.weight, self.bias)
 
 
@@ -45,7 +49,7 @@ class FrozenConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _serves(self, x):
-            return super().forward(x)
+            return Conv1D.forward(self, x)
         return functional.frozen_linear(x, self.weight.T, self.bias)
 
 
@@ -54,10 +58,28 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def _serves(layer: Any, x: Tensor) -> bool:
+    """Whether a call is one of the op's; sparse, nested and wrapped tensors and what does not fit are torch's."""
     weight, bias = layer.weight, layer.bias
     if type(weight) not in _PLAIN or weight.requires_grad or not (weight.is_cpu and x.is_cpu):
         return False
+    if weight.dtype not in native.FLOAT_DTYPES or x.dim() == 0 or x.is_nested:
+        return False
+    if weight.layout is not torch.strided or x.layout is not torch.strided:
+        return False
+    if x.shape[-1] != weight.shape[0 if isinstance(layer, Conv1D) else 1] or _is_transformed():
+        return False
     return (x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)) or autocasting(x)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, forward-mode AD or torch.jit.trace looks on: the op has no rules for them."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
 def adopt(model: nn.Module) -> None:
@@ -83,10 +105,12 @@ def _is_slow(layer: Any) -> bool:
     return (
         type(weight) is nn.Parameter
         and weight.is_cpu
+        and weight.layout is torch.strided
         and weight.dim() == 2
         and not weight.requires_grad
         and weight.dtype in native.FLOAT_DTYPES
         and native_abi.takes_dense(weight_of(layer))
+        and (weight.numel() >= _WORTH_A_CALL or slow_16bit_reason(weight.dtype) is not None)
     )
 
 

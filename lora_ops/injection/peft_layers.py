@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ops import functional
-from lora_ops.injection import frozen_layers, methods
+from lora_ops.injection import attention, frozen_layers, methods
 from lora_ops.injection.frozen_layers import FrozenConv1D, FrozenLinear
 from lora_ops.injection.linears import why_not_linear
 from lora_ops.nn import NF4Linear, add_to_nf4, in_compute_dtype
@@ -379,6 +379,7 @@ class LoraModel(lora.LoraModel):
         """What is left of the model is as it was before there were adapters."""
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         frozen_layers.abandon(model)
+        attention.abandon(model)
         return model
 
     @staticmethod

@@ -25,12 +25,12 @@ _told: set[torch.dtype] = set()
 
 @functools.cache
 def slow_16bit_reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why torch's products of matrices in `dtype`, bfloat16 or float16, are slow on this CPU; None if they are not.
+    """Why torch's products of matrices in `dtype` are slow on this CPU, as in 16 bits; None if they are not.
 
     Where oneDNN does not take the dtype, torch multiplies in loops of its own: on AVX2 they take 5 times as long as in
     float32 for x Wᵀ and 120 times as long for dY W, the backward of a frozen layer.
     """
-    if _onednn_takes(dtype):
+    if dtype not in DTYPES_16BIT or _onednn_takes(dtype):
         return None
     needed = "instructions for it"
     if platform.machine().lower() in ("x86_64", "amd64"):

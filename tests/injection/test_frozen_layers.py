@@ -117,6 +117,7 @@ def test_the_ways_back(name: str) -> None:
     lora_ops.inject(injected)
     assert classes(injected) == adopted
     bare = injected.unload()
+    assert not any("_lora_ops_attention" in m.__dict__ for m in bare.modules())
     assert (classes(bare), list(bare.state_dict())) == (before, keys)
     assert classes(lora_ops.merge(lora_ops.inject(bare, r=2))) == before
 
@@ -164,6 +165,82 @@ def test_hooks_and_compile() -> None:
     assert len(seen) == 1
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(step(compiled)[0], expected)
+
+
+def head() -> tuple[nn.Module, nn.Linear]:
+    """A model whose second layer is frozen and without an adapter, and that layer as it was."""
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16()
+    theirs = copy.deepcopy(layers[1]).requires_grad_(False)
+    ours = lora_ops.inject(layers, r=2, target_modules=["0"]).get_base_model()[1]
+    assert getattr(ours, "runs_frozen_linear", False)
+    return ours, theirs
+
+
+X = torch.linspace(-2, 2, 5 * 64).view(5, 64).bfloat16()
+CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    "jvp": lambda f: torch.func.jvp(f, (X,), (X.flip(0),))[1],
+    "jacrev": lambda f: torch.func.jacrev(lambda x: f(x).sum(0))(X),
+    "vmap": lambda f: torch.func.vmap(f)(X),
+    "trace": lambda f: torch.jit.trace(f, X)(X),
+    "sparse": lambda f: f(X.to_sparse()),
+    "nested": lambda f: f(torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged)).values(),
+    "under a meta device": lambda f: _under_meta(f),
+    "hessian": lambda f: torch.autograd.functional.hessian(lambda x: f(x[None]).float().square().sum(), X[0]),
+}
+
+
+def _under_meta(f: nn.Module) -> torch.Tensor:
+    with torch.device("meta"):
+        return f(X)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_torch_does_with_a_linear_layer(call: str) -> None:
+    ours, theirs = head()
+    expected = CALLS[call](theirs)
+    got = CALLS[call](ours)
+    assert got.device == expected.device
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
+
+
+def test_a_wrong_shape_is_torchs_error() -> None:
+    ours, _ = head()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours(X[:, 1:])
+
+
+def test_a_stored_forward_outlives_eject() -> None:
+    """As hooks of accelerate keep one."""
+    model = lora_ops.inject(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48)).bfloat16(), r=2, target_modules=["0"])
+    forward = model.get_base_model()[1].forward
+    lora_ops.eject(model).requires_grad_()
+    forward(X).sum().backward()
+
+
+def test_small_and_narrow_layers_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op costs more than their products where torch is not slow, and a head of few outputs fills no tile."""
+    monkeypatch.undo()
+    machine.slow_16bit_reason.cache_clear()
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+    model = lora_ops.inject(model, r=2, target_modules=["0"])
+    assert not lora_ops.injection_report(model).frozen
+
+
+def test_attention_that_wraps_ours_is_not_called_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lora_ops.inject(models.llama(dtype=torch.float16), r=2)
+    ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", lambda *args, **kwargs: ours(*args, **kwargs))
+        lora_ops.inject(models.llama(dtype=torch.float16), r=2)
+        first(input_ids=IDS)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", ours)
+
+
+def test_attention_breaks_no_graph() -> None:
+    model = lora_ops.inject(models.llama(dtype=torch.float16), r=2)
+    with torch.no_grad():
+        torch.compile(model.get_base_model().model, backend="aot_eager", fullgraph=True)(IDS)
 
 
 def test_other_models_attention_passes_through() -> None:

@@ -79,6 +79,25 @@ def test_torch_multiplies_where_it_is_fast(dtype: torch.dtype) -> None:
     assert bool(by_torch) != native_abi.takes_dense(dense(i)), by_torch
 
 
+@pytest.mark.parametrize(("m", "k"), [(1, 4096), (8, 4096), (40, 4096), (8, 9000)])
+def test_sums_of_one_sign(backend: str, m: int, k: int) -> None:
+    """Whose roundings do not cancel: where the parts of a long sum are added decides how wrong it is."""
+    x, by_rows = torch.rand(m, k), torch.rand(64, k)
+    exact = x.double() @ by_rows.double().T
+    for w in (by_rows, by_rows.T.contiguous().T):
+        ours, theirs = (
+            float((y.double() - exact).norm() / exact.norm())
+            for y in (frozen_linear(x, w), torch.nn.functional.linear(x, w))
+        )
+        assert ours <= 1.25 * theirs, (w.stride(), ours, theirs)
+
+
+def test_double_backward(backend: str) -> None:
+    i = LinearCase(m=3, n=5, k=7, dtype=torch.float64, weight="dense").inputs()
+    with lora_ops.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda x: frozen_linear(x, dense(i)).square(), (i.x.requires_grad_(),))
+
+
 def test_special_values_pass_through(backend: str) -> None:
     for dtype in DTYPES:
         x = torch.zeros(3, 8, dtype=dtype)

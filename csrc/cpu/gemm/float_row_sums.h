@@ -50,22 +50,26 @@ void add_rows(const Gemm& g, const T* x, const T* w, int64_t begin, int64_t n, f
 
 template <class V, class T, int m>
 void float_row_sums_task(const Gemm& g, int64_t first_row, int64_t column, int64_t n) {
-    constexpr int64_t kChain = 64;  // terms before they join the total, as in float_panels.h
-    constexpr int kRows = 4;        // at a time: with more, loads and stores of the sums would matter less than registers
-    alignas(64) float total[m][kRowSumsColumns] = {}, sums[m][kRowSumsColumns];
+    constexpr int64_t kChain = 64, kDepth = 1024;  // terms before they join sums, and the total, as in float_panels.h
+    constexpr int kRows = 4;  // at a time: with more, loads and stores of the chain would matter less than registers
+    alignas(64) float total[m][kRowSumsColumns] = {}, sums[m][kRowSumsColumns] = {}, chain[m][kRowSumsColumns] = {};
     const T* const w = static_cast<const T*>(g.dense) + column;
     const T* const x = static_cast<const T*>(g.x) + first_row * g.stride_x;
-    for (int64_t begin = 0; begin < g.depth; begin += kChain) {
-        const int64_t end = lesser(begin + kChain, g.depth);
-        memset(sums, 0, sizeof sums);
-        int64_t k = begin;
-        for (; k + kRows <= end; k += kRows) add_rows<V, T, m, kRows>(g, x, w, k, n, sums);
-        for (; k < end; ++k) add_rows<V, T, m, 1>(g, x, w, k, n, sums);
+    const auto join = [&](float (*from)[kRowSumsColumns], float (*to)[kRowSumsColumns]) {
         for (int i = 0; i < m; ++i) {
             for (int64_t j = 0; j < n; j += V::kLanes) {
-                V::store(total[i] + j, V::add(V::load(total[i] + j), V::load(sums[i] + j)));
+                V::store(to[i] + j, V::add(V::load(to[i] + j), V::load(from[i] + j)));
+                V::store(from[i] + j, V::zero());
             }
         }
+    };
+    for (int64_t begin = 0; begin < g.depth; begin += kChain) {
+        const int64_t end = lesser(begin + kChain, g.depth);
+        int64_t k = begin;
+        for (; k + kRows <= end; k += kRows) add_rows<V, T, m, kRows>(g, x, w, k, n, chain);
+        for (; k < end; ++k) add_rows<V, T, m, 1>(g, x, w, k, n, chain);
+        join(chain, sums);
+        if (end % kDepth == 0 || end == g.depth) join(sums, total);
     }
     for (int i = 0; i < m; ++i) {
         T* const y = static_cast<T*>(g.y) + (first_row + i) * g.stride_y + column;

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ops.quant import native_abi
@@ -18,9 +17,9 @@ def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K], q (N, K), bias [N] -> [..., N]."""
     x2 = native_abi.as_rows(x)
     if x.dim() == 2:
-        y = y2 = torch.empty(x2.shape[0], q.shape[0], dtype=x.dtype)
+        y = y2 = x2.new_empty(x2.shape[0], q.shape[0])
     else:  # of its own shape from the start, and so no view: see as_output
-        y = torch.empty(*x.shape[:-1], q.shape[0], dtype=x.dtype)
+        y = x.new_empty(*x.shape[:-1], q.shape[0])
         y2 = y.view(x2.shape[0], q.shape[0])
     native_abi.linear(native_abi.nf4_view(q), x2, None if bias is None else bias.contiguous(), y2)
     return y
@@ -29,7 +28,7 @@ def nf4_linear(*, x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
 def nf4_linear_dx(*, dy: Tensor, q: NF4Tensor) -> Tensor:
     """dy [..., N], q (N, K) -> dX [..., K]."""
     dy2 = native_abi.as_rows(dy)
-    dx = torch.empty(dy2.shape[0], q.shape[1], dtype=dy.dtype)
+    dx = dy2.new_empty(dy2.shape[0], q.shape[1])
     native_abi.linear_dx(native_abi.nf4_view(q), dy2, dx)
     return dx if dy.dim() == 2 else as_output(dx, (*dy.shape[:-1], q.shape[1]))
 
