@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
-from lora_ops.functional import dequantize_nf4, lora_linear, nf4_linear, quantize_nf4
+from lora_ops.functional import dequantize_nf4, frozen_linear, lora_linear, nf4_linear, quantize_nf4
 from lora_ops.kernels.lora_linear.operands import Adapter
 from lora_ops.runtime import backends, dispatch, native, triton_launch
 from lora_ops.runtime.backends import BackendError
@@ -28,6 +29,25 @@ from lora_ops.runtime.plain_call import is_plain_call
 @pytest.fixture
 def q() -> lora_ops.NF4Tensor:
     return quantize_nf4(torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "nf4_linear", "frozen_linear"])
+def test_forward_mode_is_refused_and_not_zero(backend: str, name: str) -> None:
+    w, a, b, x = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2), torch.randn(3, 16)
+    q = quantize_nf4(w)
+    op = {
+        "lora_linear": lambda x: lora_linear(x, w, a, b, scale=1.0),
+        "nf4_linear": lambda x: nf4_linear(x, q),
+        "frozen_linear": lambda x: frozen_linear(x, w),
+    }[name]
+    with pytest.raises(NotImplementedError, match=r"no forward-mode gradient .* take reverse mode"):
+        torch.func.jvp(op, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward-mode gradient"), forward_ad.dual_level():
+        op(forward_ad.make_dual(x, x))
+    _, tangent = torch.func.jvp(lambda z: z + op(x).sum(), (x,), (x,))  # a constant there has no tangent to lose
+    assert torch.equal(tangent, x)
+    with forward_ad.dual_level():
+        assert torch.equal(op(x), op(x))
 
 
 def test_trace_tells_backend_dtype_and_count(q: lora_ops.NF4Tensor) -> None:

@@ -66,7 +66,7 @@ def _serves(layer: Any, x: Tensor) -> bool:
         return False
     if weight.layout is not torch.strided or x.layout is not torch.strided:
         return False
-    if x.shape[-1] != weight.shape[0 if isinstance(layer, Conv1D) else 1] or _is_transformed():
+    if _is_transformed() or x.shape[-1] != weight.shape[0 if isinstance(layer, Conv1D) else 1]:
         return False
     return (x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)) or autocasting(x)
 

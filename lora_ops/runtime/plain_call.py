@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
+from torch._C._functorch import TransformType
+from torch.autograd import _profiler_enabled, forward_ad
 
 
 def _dispatcher_state() -> tuple[int, int]:
@@ -31,6 +32,22 @@ with ThreadPoolExecutor(1) as _thread:
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
+def _refuse_forward_mode(operands: tuple[Tensor | None, ...]) -> None:
+    """Raise where a tangent is asked for: the dispatcher takes it for zero in ops that have no rule for it."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() is TransformType.Jvp:
+        asked = any(t is not None and torch._C._functorch.is_gradtrackingtensor(t) for t in operands)
+    else:
+        asked = forward_ad._current_level >= 0 and any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands
+        )
+    if asked:
+        raise NotImplementedError(
+            "lora_ops' ops have no forward-mode gradient (torch.func.jvp, torch.autograd.forward_ad); take reverse "
+            "mode: torch.func.vjp, torch.autograd.grad"
+        )
+
+
 def is_plain_call(*operands: Tensor | None) -> bool:
     """Whether torch's dispatcher would do nothing but call the kernel, so that a public function may do so itself.
 
@@ -38,7 +55,10 @@ def is_plain_call(*operands: Tensor | None) -> bool:
     mode and the profiler. The way through the dispatcher costs 8 µs, and in a model whose weights do not fit the cache
     several times as much: a token's nf4_linear of 4096 x 4096 takes 150.
     """
-    if torch.compiler.is_compiling() or _dispatcher_state() not in _PLAIN_STATES or _profiler_enabled():
+    if torch.compiler.is_compiling():
+        return False
+    _refuse_forward_mode(operands)
+    if _dispatcher_state() not in _PLAIN_STATES or _profiler_enabled():
         return False
     wants_grad, keys = torch.is_grad_enabled(), torch._C._dispatch_keys
     for t in operands:
